@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DHO²: distributed hybrid-order optimization as an Optax gradient transformation.
+
+`dho2` makes the transformation; `refresh`, `subspace` and `metrics` read and renew its
+curvature in any nest of Optax states.
+"""
+
+from dho2_jax._config import STATIC_ARGS as STATIC_ARGS
+from dho2_jax._curvature import ggn_vp as ggn_vp
+from dho2_jax._curvature import hvp as hvp
+from dho2_jax._curvature import hvp_central_difference as hvp_central_difference
+from dho2_jax._curvature import hvp_reverse_over_reverse as hvp_reverse_over_reverse
+from dho2_jax._lanczos import LanczosResult as LanczosResult
+from dho2_jax._lanczos import lanczos_tridiag as lanczos_tridiag
+from dho2_jax._metrics import metrics as metrics
+from dho2_jax._metrics import subspace as subspace
+from dho2_jax._refresh import refresh as refresh
+from dho2_jax._refresh import should_refresh as should_refresh
+from dho2_jax._state import DHO2State as DHO2State
+from dho2_jax._state import set_enabled as set_enabled
+from dho2_jax._subspace import Subspace as Subspace
+from dho2_jax._transform import dho2 as dho2
+
+__version__ = "0.1.0"

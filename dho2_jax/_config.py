@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The static configuration that the state carries, checked once, at construction."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dho2_jax._curvature import OPERATORS
+
+REFRESH_MODES = ("periodic", "external")
+BASE_RATES = ("curvature", "fixed")
+MOMENTA = ("ema", "heavy_ball", "nesterov")
+NEGATIVE_CURVATURE = ("abs", "base")
+
+STATIC_ARGS = (
+    "base_optimizer",
+    "num_largest",
+    "num_smallest",
+    "num_matvecs",
+    "refresh",
+    "refresh_period",
+    "warmup_steps",
+    "subspace_momentum",
+    "base_rate",
+    "curvature",
+    "negative_curvature",
+    "seed",
+)
+"""Arguments of `dho2` that must stay static: pass to `optax.inject_hyperparams`."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `refresh`, `subspace` and `metrics` must know; a node without leaves."""
+
+    num_largest: int
+    num_smallest: int
+    num_matvecs: int
+    refresh: str
+    refresh_period: int
+    warmup_steps: int
+    subspace_momentum: str
+    base_rate: str
+    curvature: str
+    negative_curvature: str
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """k + l, the number of slots in the subspace."""
+        return self.num_largest + self.num_smallest
+
+
+def make_config(
+    *,
+    num_largest: int,
+    num_smallest: int,
+    num_matvecs: int | None,
+    refresh: str,
+    refresh_period: int,
+    warmup_steps: int,
+    subspace_momentum: str,
+    base_rate: str,
+    curvature: str,
+    negative_curvature: str | None,
+    seed: int,
+) -> Config:
+    """Returns the checked configuration with its defaults filled in.
+
+    Raises:
+      ValueError: For each argument out of its range, in one sentence.
+    """
+    check_integer("num_largest", num_largest, 0)
+    check_integer("num_smallest", num_smallest, 0)
+    size = num_largest + num_smallest
+    if size < 1:
+        raise ValueError(
+            "`num_largest` + `num_smallest` must be >= 1, got 0; to train without "
+            "curvature use the base optimizer alone."
+        )
+    if num_matvecs is None:
+        num_matvecs = size + 4
+    check_integer("num_matvecs", num_matvecs, 1)
+    if num_matvecs < size:
+        raise ValueError(
+            f"`num_matvecs` must be >= num_largest + num_smallest = {size}, got "
+            f"{num_matvecs}; leave it None for {size + 4}."
+        )
+    check_choice("refresh", refresh, REFRESH_MODES)
+    check_integer("refresh_period", refresh_period, 1)
+    check_integer("warmup_steps", warmup_steps, 0)
+    check_choice("subspace_momentum", subspace_momentum, MOMENTA)
+    check_choice("base_rate", base_rate, BASE_RATES)
+    check_choice("curvature", curvature, tuple(OPERATORS))
+    if negative_curvature is None:
+        negative_curvature = "abs" if base_rate == "fixed" else "base"
+    check_choice("negative_curvature", negative_curvature, NEGATIVE_CURVATURE)
+    check_integer("seed", seed, 0)
+    return Config(
+        num_largest=int(num_largest),
+        num_smallest=int(num_smallest),
+        num_matvecs=int(num_matvecs),
+        refresh=refresh,
+        refresh_period=int(refresh_period),
+        warmup_steps=int(warmup_steps),
+        subspace_momentum=subspace_momentum,
+        base_rate=base_rate,
+        curvature=curvature,
+        negative_curvature=negative_curvature,
+        seed=int(seed),
+    )
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raises unless `value` is a Python (or NumPy) integer of at least `least`."""
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+    if isinstance(value, jax.Array) or not is_integer:
+        raise ValueError(
+            f"`{name}` must be a static integer, got {_shown(value)}; under "
+            "optax.inject_hyperparams pass static_args=dho2_jax.STATIC_ARGS."
+        )
+    if value < least:
+        raise ValueError(f"`{name}` must be >= {least}, got {value}; raise it.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is one of `choices`; names the nearest."""
+    if isinstance(value, str) and value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f"did you mean '{near[0]}'?" if near else "choose one of them."
+    options = ", ".join(f"'{c}'" for c in choices)
+    raise ValueError(f"`{name}` must be one of {options}, got {value!r}; {hint}")
+
+
+def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raises when a plain number is out of range; arrays and schedules pass."""
+    if callable(value) or isinstance(value, jax.Array):
+        return
+    if isinstance(value, bool) or not jnp.isscalar(value):
+        raise ValueError(
+            f"`{name}` must be a number, a scalar array or a schedule, got "
+            f"{_shown(value)}."
+        )
+    inside = value >= low and (high is None or value < high)
+    if not inside:
+        rule = f">= {low:g}" if high is None else f"in [{low:g}, {high:g})"
+        raise ValueError(
+            f"`{name}` must be {rule}, got {value}; choose a value in that range."
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

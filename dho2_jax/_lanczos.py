@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanczos tridiagonalisation of a symmetric linear map on pytrees.
+
+Knows neither Hessians nor meshes: it is given a `matvec` and an `inner` product. The
+recursion is also available one product at a time (`start`, `step`), so that the
+products may come from anywhere and at any pace.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dho2_jax import _linalg as linalg
+from dho2_jax._types import Array, Inner, MatVec, PyTree, Rows
+
+_EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+class LanczosState(NamedTuple):
+    """A recursion under way; `index` products have been taken in."""
+
+    basis: Rows  # leaves (m + 1, *shape), float32; rows beyond `index` are zero
+    projected: Array  # (m + 1, m), float32: column j is what V H v_j measured
+    betas: Array  # (m,), float32: the norm that was left after step j
+    index: Array  # (), int32
+
+
+class LanczosResult(NamedTuple):
+    """A V^T = V^T T + r e_m^T, with T tridiagonal."""
+
+    alphas: Array  # (m,), float32: the diagonal of T
+    betas: Array  # (m - 1,), float32: beside the diagonal; 0 where the recursion ended
+    basis: Rows  # leaves (m, *shape), float32: orthonormal rows, 0 after a breakdown
+    residual: PyTree  # r, a vector orthogonal to the basis
+
+
+def start(v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner) -> LanczosState:
+    """Returns the recursion before its first product, its first row v0 / |v0|."""
+    v0 = jax.tree.map(lambda x: x.astype(jnp.float32), v0)
+    norm = _norm(v0, inner)
+    scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    basis = jax.tree.map(
+        lambda x: jnp.zeros((num_matvecs + 1, *x.shape), jnp.float32)
+        .at[0]
+        .set(scale * x),
+        v0,
+    )
+    return LanczosState(
+        basis=basis,
+        projected=jnp.zeros((num_matvecs + 1, num_matvecs), jnp.float32),
+        betas=jnp.zeros((num_matvecs,), jnp.float32),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+def current_vector(state: LanczosState) -> PyTree:
+    """Returns the vector v_j whose product `step` takes next."""
+    return jax.tree.map(
+        lambda b: jax.lax.dynamic_index_in_dim(b, state.index, keepdims=False),
+        state.basis,
+    )
+
+
+def step(
+    state: LanczosState, product: PyTree, inner: Inner = linalg.inner
+) -> LanczosState:
+    """Takes in the product H v_j and appends the next row.
+
+    Two passes of classical Gram-Schmidt against all rows ("twice is enough"), whose
+    coefficients are also the measured column of V H V^T. When what is left is rounding,
+    the next row is zero: then all later products and coefficients are zero too, and the
+    recursion has ended without a branch.
+    """
+    basis, projected, betas, j = state
+    before = _norm(product, inner)
+    first = inner(basis, product)
+    left = linalg.add_scaled(product, -1.0, linalg.combine(first, basis))
+    second = inner(basis, left)
+    left = linalg.add_scaled(left, -1.0, linalg.combine(second, basis))
+    column = first + second
+    beta = _norm(left, inner)
+
+    # Rounding relative to this product, or far below the operator's own scale; the
+    # second alone would end the recursion on spectra that merely decay fast.
+    scale = jnp.maximum(jnp.max(jnp.abs(projected)), before)
+    ended = (beta <= 4 * _EPS * before) | (beta <= 0.01 * _EPS * scale)
+    beta = jnp.where(ended, 0.0, beta)
+    inverse = jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, beta))
+
+    basis = jax.tree.map(
+        lambda b, w: jax.lax.dynamic_update_index_in_dim(b, inverse * w, j + 1, 0),
+        basis,
+        left,
+    )
+    projected = jax.lax.dynamic_update_index_in_dim(projected, column, j, 1)
+    projected = projected.at[j + 1, j].set(beta)
+    return LanczosState(basis, projected, betas.at[j].set(beta), j + 1)
+
+
+def run(
+    matvec: MatVec, v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner
+) -> LanczosState:
+    """Returns the finished recursion: `num_matvecs` products in one loop."""
+
+    def body(_, state):
+        return step(state, matvec(current_vector(state)), inner)
+
+    return jax.lax.fori_loop(0, num_matvecs, body, start(v0, num_matvecs, inner))
+
+
+def tridiagonal(state: LanczosState) -> tuple[Array, Array]:
+    """Returns the diagonal `(m,)` of T and all norms `(m,)`, the last that of r."""
+    return jnp.diagonal(state.projected), state.betas
+
+
+def recurrence_defect(state: LanczosState) -> Array:
+    """Returns how far V H V^T is from symmetric tridiagonal, relative to its scale.
+
+    With one fixed symmetric operator this is rounding. It is large when the operator
+    changed between products: another batch, another dropout key.
+    """
+    alphas, betas = tridiagonal(state)
+    m = alphas.shape[0]
+    off = betas[: m - 1]
+    expected = jnp.diag(alphas) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    scale = jnp.max(jnp.abs(expected))
+    defect = jnp.max(jnp.abs(state.projected[:m] - expected))
+    return defect / jnp.where(scale > 0, scale, 1.0)
+
+
+def lanczos_tridiag(
+    matvec: MatVec, v0: PyTree, num_matvecs: int, *, inner: Inner = linalg.inner
+) -> LanczosResult:
+    r"""Tridiagonalises a symmetric operator by `num_matvecs` Lanczos steps.
+
+    Computes $A V^\top = V^\top T + r e_m^\top$ with orthonormal rows in $V$ (Algorithm
+    1 of FOSI, arXiv 2302.08484). Costs `num_matvecs` products, `num_matvecs + 1` rows
+    of memory and four passes over the rows a step.
+
+    Args:
+      matvec: Symmetric linear map from pytrees like `v0` to pytrees like `v0`. Traced
+        once.
+      v0: Start vector, a pytree of real floating-point arrays of any non-zero norm.
+      num_matvecs: Krylov depth m >= 1. Static.
+      inner: Inner product `(rows, vector) -> (rows,)`; pass one that ends in a `psum`
+        when vectors are sharded.
+
+    Returns:
+      `LanczosResult(alphas, betas, basis, residual)`: float32, `(m,)`, `(m-1,)`, leaves
+      `(m, *shape)`, and a pytree like `v0`. After a breakdown (an invariant subspace
+      was found) all later entries and rows are zero.
+
+    Raises:
+      ValueError: If `num_matvecs` < 1, `v0` is empty or not real floating point, or
+        `matvec` returns another structure or other shapes.
+
+    Numerics: float32, full reorthogonalisation in two passes of classical Gram-Schmidt.
+    Deviates from FOSI: it reorthogonalises in float64.
+    """
+    if num_matvecs < 1:
+        raise ValueError(
+            f"`num_matvecs` must be >= 1, got {num_matvecs}; "
+            "each step of Lanczos takes one product."
+        )
+    leaves = jax.tree.leaves(v0)
+    if not leaves:
+        raise ValueError(
+            "`v0` must have at least one array, got an empty pytree; "
+            "there is no space to search."
+        )
+    for leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"`v0` must be real floating point, got a leaf of dtype "
+                f"{jnp.result_type(leaf)}; cast it first."
+            )
+    v0 = jax.tree.map(jnp.asarray, v0)
+    v0 = jax.tree.map(lambda x: x.astype(jnp.float32), v0)
+    out = jax.eval_shape(matvec, v0)
+    if jax.tree.structure(out) != jax.tree.structure(v0) or any(
+        a.shape != b.shape
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(v0), strict=True)
+    ):
+        raise ValueError(
+            "`matvec` must return a pytree with the structure and shapes of `v0`, got "
+            f"{jax.tree.map(lambda x: x.shape, out)}."
+        )
+    state = run(matvec, v0, num_matvecs, inner)
+    alphas, betas = tridiagonal(state)
+    return LanczosResult(
+        alphas=alphas,
+        betas=betas[:-1],
+        basis=jax.tree.map(lambda b: b[:-1], state.basis),
+        residual=jax.tree.map(lambda b: betas[-1] * b[-1], state.basis),
+    )
+
+
+def _norm(x: PyTree, inner: Inner) -> Array:
+    return jnp.sqrt(inner(jax.tree.map(lambda a: a[None], x), x)[0])

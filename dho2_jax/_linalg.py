@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear algebra on pytrees: every contraction over the eigenbasis is made here.
+
+A vector is a pytree like the parameters; rows are the same pytree with one more axis in
+front. Everything is accumulated in float32 at `Precision.HIGHEST`: the default on a TPU
+is bfloat16, in which Gram-Schmidt silently loses orthogonality.
+"""
+
+import operator
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+
+from dho2_jax._types import Array, PyTree, Rows
+
+
+def _contract(a: Array, b: Array, axes) -> Array:
+    return jnp.tensordot(
+        a.astype(jnp.float32),
+        b.astype(jnp.float32),
+        axes,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _total(terms: list[Array], like: tuple[int, ...]) -> Array:
+    return reduce(operator.add, terms, jnp.zeros(like, jnp.float32))
+
+
+def num_rows(rows: Rows) -> int:
+    """Returns how many vectors are stacked in `rows` (0 for an empty pytree)."""
+    leaves = jax.tree.leaves(rows)
+    return leaves[0].shape[0] if leaves else 0
+
+
+def inner(rows: Rows, vector: PyTree) -> Array:
+    """Returns the inner product of each row with `vector`: `(rows,)`, float32."""
+    terms = jax.tree.leaves(
+        jax.tree.map(lambda r, x: _contract(r, x, x.ndim), rows, vector)
+    )
+    return _total(terms, (num_rows(rows),))
+
+
+def vdot(x: PyTree, y: PyTree) -> Array:
+    """Returns the inner product of two vectors: `()`, float32."""
+    terms = jax.tree.leaves(jax.tree.map(lambda a, b: _contract(a, b, a.ndim), x, y))
+    return _total(terms, ())
+
+
+def combine(coefficients: Array, rows: Rows) -> PyTree:
+    """Returns the vector that is the sum of the rows times `coefficients` `(rows,)`."""
+    return jax.tree.map(lambda r: _contract(coefficients, r, 1), rows)
+
+
+def rotate(matrix: Array, rows: Rows) -> Rows:
+    """Returns new rows, each a combination of the old: `matrix` is `(new, old)`."""
+    return combine(matrix, rows)
+
+
+def gram(a: Rows, b: Rows) -> Array:
+    """Returns all inner products between rows of `a` and rows of `b`: `(a, b)`."""
+
+    def leaf(x, y):
+        axes = tuple(range(1, x.ndim))
+        return _contract(x, y, (axes, axes))
+
+    terms = jax.tree.leaves(jax.tree.map(leaf, a, b))
+    return _total(terms, (num_rows(a), num_rows(b)))
+
+
+def add_scaled(x: PyTree, scale: Array | float, y: PyTree) -> PyTree:
+    """Returns `x + scale * y` in float32."""
+    return jax.tree.map(
+        lambda a, b: a.astype(jnp.float32) + scale * b.astype(jnp.float32), x, y
+    )
+
+
+def cast_like(x: PyTree, like: PyTree) -> PyTree:
+    """Returns `x` with each leaf in the dtype of the same leaf of `like`."""
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), x, like)
+
+
+def norm(x: PyTree) -> Array:
+    """Returns the Euclidean norm of a vector: `()`, float32."""
+    return jnp.sqrt(vdot(x, x))

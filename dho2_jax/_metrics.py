@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read-only views of the state, found in any nest of Optax states."""
+
+import jax.numpy as jnp
+
+from dho2_jax import _layout as layouts
+from dho2_jax import _subspace as subspaces
+from dho2_jax._state import find, is_active
+from dho2_jax._types import Array, PyTree
+
+
+def subspace(state: PyTree) -> subspaces.Subspace:
+    """Returns the eigenpairs in use, the eigenvectors as the parameters' own tree.
+
+    For looking at, not for the training step.
+
+    Args:
+      state: Any nest of Optax states that holds one DHO² state.
+
+    Returns:
+      `Subspace(eigenvalues, eigenvectors, valid, next_eigenvalue, residuals)`; leaves
+      of `eigenvectors` are `(k + l, *param.shape)`, float32.
+
+    Raises:
+      ValueError: If `state` holds no DHO² state, or several.
+    """
+    ours = find(state).subspace
+    vectors = ours.eigenvectors
+    if isinstance(vectors, layouts.Packed):
+        vectors = layouts.unpack(vectors)
+    return ours._replace(eigenvectors=vectors)
+
+
+def metrics(state: PyTree) -> dict[str, Array]:
+    """Returns flat scalars for a logger.
+
+    Args:
+      state: Any nest of Optax states that holds one DHO² state.
+
+    Returns:
+      A dict of `()` arrays:
+
+      - "count": updates so far.
+      - "enabled": 1 while DHO² is on.
+      - "refreshes", "rejected": refreshes used, and computed but not used.
+      - "age": updates since the subspace in use was computed.
+      - "num_valid", "num_active": pairs found; of these, pairs that take part in a step.
+      - "sharpness": the largest eigenvalue found, 0 before any.
+      - "smallest_eigenvalue": the smallest found, 0 before any.
+      - "next_eigenvalue": the largest Ritz value not kept, what the base still feels.
+      - "residual": the largest bound on |H v - lambda v|, relative to the sharpness.
+      - "recurrence_defect": how far V H V^T of the last refresh was from symmetric
+        tridiagonal; rounding if the curvature function did not change meanwhile.
+      - "base_scaling": s, the factor on the base's update, without `rate_schedule`.
+      - "rate_cuts": how often the guard halved it.
+      - "momentum_norm": |u|.
+
+    Raises:
+      ValueError: If `state` holds no DHO² state, or several.
+    """
+    ours = find(state)
+    space, counters, active = ours.subspace, ours.counters, is_active(ours)
+    valid = space.valid
+    scale = jnp.max(jnp.where(valid, jnp.abs(space.eigenvalues), 0.0))
+    lowest = jnp.min(jnp.where(valid, space.eigenvalues, jnp.inf))
+    since = jnp.where(counters.refreshed_at < 0, 0, counters.refreshed_at)
+    return {
+        "count": ours.count,
+        "enabled": ours.enabled.astype(jnp.int32),
+        "refreshes": counters.refreshes,
+        "rejected": counters.rejected,
+        "age": ours.count - since,
+        "num_valid": jnp.sum(valid.astype(jnp.int32)),
+        "num_active": jnp.sum(active.astype(jnp.int32)),
+        "sharpness": subspaces.sharpness(space),
+        "smallest_eigenvalue": jnp.where(jnp.any(valid), lowest, 0.0),
+        "next_eigenvalue": space.next_eigenvalue,
+        "residual": jnp.max(space.residuals) / jnp.where(scale > 0, scale, 1.0),
+        "recurrence_defect": counters.recurrence_defect,
+        "base_scaling": ours.base_scaling,
+        "rate_cuts": jnp.zeros((), jnp.int32) if ours.rate is None else ours.rate.cuts,
+        "momentum_norm": jnp.sqrt(jnp.sum(ours.momentum**2)),
+    }

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base rate set by curvature, with a guard.
+
+Along the base's own step d the loss is, on average, a parabola: with the slope a at the
+start of the step and the curvature h = d . H d, the scale that minimises it is
+s* = -a / h. Both are averages of noisy readings:
+
+    slope       c_i = g_i . d_{i-1}, the fresh gradient along the previous direction,
+                which that direction has not seen; read every step for one dot product.
+                It belongs to the end of the step, so a = mean(c) - s h.
+    curvature   h = |d . H d|, probed every two steps at first and every ten later.
+
+The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
+where gradient noise dominates, s* reads about s / 2 for every s, and following it down
+would send s to zero. The guard halves s at once when a slope is eight mean deviations
+above its mean, which is how a sharp direction that leaked out of the subspace first
+shows. All quantities are relative to the base's own update, so any base serves.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from dho2_jax._types import Array
+
+EARLY_STEPS = 40
+EARLY_PERIOD = 2
+PROBE_PERIOD = 10
+_FIRST = 0.3  # share of s* taken on the first step, from one batch
+_AVERAGE = 0.8  # memory of the averages of a and h
+_MEMORY = 0.98  # memory of the guard's statistics
+_DEVIATIONS = 8.0
+_SETTLED = 10  # slopes seen before the guard may act
+_SMALLEST = 1e-12
+
+
+class RateState(NamedTuple):
+    """What the rule remembers; float32 scalars unless said."""
+
+    scale: Array  # s, multiplies the base's update
+    direction: Any  # d of the last step, off the subspace, in the base's dtypes
+    steps: Array  # int32: steps taken under the rule
+    probed: Array  # int32: value of `steps` at the last probe
+    slope_sum: Array  # sum of c since the last probe
+    slope_count: Array  # how many
+    slope_mean: Array  # the guard's running mean of c
+    slope_deviation: Array  # and mean deviation
+    descent: Array  # average of -a
+    bend: Array  # average of h
+    before_cut: Array  # s before the guard's last cut
+    cuts: Array  # int32: how often the guard acted
+
+
+def start(direction: Any) -> RateState:
+    """Returns the rule before its first step: the base's own rate, s = 1."""
+
+    def zero():
+        return jnp.zeros((), jnp.float32)
+
+    def none():
+        return jnp.zeros((), jnp.int32)
+
+    return RateState(
+        scale=jnp.ones((), jnp.float32),
+        direction=direction,
+        steps=none(),
+        probed=none(),
+        slope_sum=zero(),
+        slope_count=zero(),
+        slope_mean=zero(),
+        slope_deviation=zero(),
+        descent=zero(),
+        bend=zero(),
+        before_cut=zero(),
+        cuts=none(),
+    )
+
+
+def observe(rate: RateState, slope: Array) -> RateState:
+    """Takes in c = g . d of the last step; halves s when it stands out.
+
+    A slope that is not finite stands out too.
+    """
+    seen = rate.steps  # slopes so far, plus one: the first step has none before it
+    first = seen <= 1
+    memory = jnp.minimum(_MEMORY, 1 - 1 / jnp.maximum(seen, 1).astype(jnp.float32))
+    limit = rate.slope_mean + _DEVIATIONS * rate.slope_deviation
+    alarm = (seen > _SETTLED) & ~(slope <= limit)
+
+    # Winsorised: what stands out moves the statistics no further than the limit.
+    low = rate.slope_mean - _DEVIATIONS * rate.slope_deviation
+    kept = jnp.where(seen > _SETTLED, jnp.clip(slope, low, limit), slope)
+    kept = jnp.where(jnp.isfinite(kept), kept, rate.slope_mean)
+    mean = jnp.where(first, kept, memory * rate.slope_mean + (1 - memory) * kept)
+    deviation = jnp.where(
+        first,
+        jnp.abs(kept),
+        memory * rate.slope_deviation + (1 - memory) * jnp.abs(kept - mean),
+    )
+    cut = jnp.where(alarm, 0.0, 1.0)
+    return rate._replace(
+        scale=jnp.where(alarm, 0.5 * rate.scale, rate.scale),
+        slope_sum=cut * (rate.slope_sum + jnp.where(alarm, 0.0, kept)),
+        slope_count=cut * (rate.slope_count + 1),
+        slope_mean=mean,
+        slope_deviation=deviation,
+        descent=cut * rate.descent,
+        bend=cut * rate.bend,
+        before_cut=jnp.where(
+            alarm, jnp.maximum(rate.scale, rate.before_cut), rate.before_cut
+        ),
+        cuts=rate.cuts + alarm.astype(jnp.int32),
+    )
+
+
+def is_due(rate: RateState) -> Array:
+    """Returns whether a step should probe: `()`, bool, from the step count alone."""
+    early = rate.steps < EARLY_STEPS
+    return jnp.where(
+        early, rate.steps % EARLY_PERIOD == 0, rate.steps % PROBE_PERIOD == 0
+    )
+
+
+def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:
+    """Returns the rule after its first probe: s is at most 0.3 s* of this batch."""
+    safe = _FIRST * -slope / jnp.where(bend > 0, bend, 1.0)
+    usable = (bend > 0) & (slope < 0) & jnp.isfinite(safe)
+    scale = jnp.where(usable, jnp.minimum(rate.scale, safe), rate.scale)
+    return rate._replace(scale=jnp.maximum(scale, _SMALLEST))
+
+
+def adjust(rate: RateState, bend: Array, schedule: Array, largest: Array) -> RateState:
+    """Moves s towards s* = -a / h after a probe of h = `bend`.
+
+    Growth compares s, shrinking compares s times the schedule, so that a decay
+    multiplies the rule without being fought by it.
+    """
+    taken = schedule * rate.scale
+    count = jnp.maximum(rate.slope_count, 1.0)
+    descent = _AVERAGE * rate.descent + (1 - _AVERAGE) * (
+        -rate.slope_sum / count + taken * bend
+    )
+    bends = _AVERAGE * rate.bend + (1 - _AVERAGE) * bend
+    best = descent / jnp.where(bends > 0, bends, 1.0)
+    best = jnp.where(bends > 0, best, jnp.where(descent > 0, jnp.inf, rate.scale))
+
+    elapsed = (rate.steps - rate.probed).astype(jnp.float32)
+    steps = rate.steps.astype(jnp.float32)
+    fast = (rate.steps < EARLY_STEPS) | (rate.scale < 0.5 * rate.before_cut)
+    growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
+    grown = jnp.minimum(best, growth * rate.scale)
+    slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
+    least = jnp.where(taken < 3 * best, slow, 0.5)
+    shrunk = rate.scale * jnp.maximum(
+        best / jnp.where(taken > 0, taken, 1.0), least
+    )
+    scale = jnp.where(
+        best > rate.scale, grown, jnp.where(best < taken, shrunk, rate.scale)
+    )
+    usable = jnp.isfinite(bend) & (rate.slope_count > 0)
+    scale = jnp.where(usable, scale, rate.scale)
+    return rate._replace(
+        scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),
+        descent=jnp.where(usable, descent, rate.descent),
+        bend=jnp.where(usable, bends, rate.bend),
+        slope_sum=jnp.zeros_like(rate.slope_sum),
+        slope_count=jnp.zeros_like(rate.slope_count),
+        probed=rate.steps,
+    )

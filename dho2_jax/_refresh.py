@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The refresh: from a loss and a point to a new subspace, accepted or rejected."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dho2_jax import _curvature as curvature
+from dho2_jax import _lanczos as lanczos
+from dho2_jax import _layout as layouts
+from dho2_jax import _linalg as linalg
+from dho2_jax import _rate
+from dho2_jax import _spectrum as spectrum
+from dho2_jax import _subspace as subspaces
+from dho2_jax._config import Config, check_integer
+from dho2_jax._state import CurvatureState, is_active, replace
+from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
+
+_DEFECT = 1e-2  # the largest recurrence defect that a refresh may have
+
+
+class Products(NamedTuple):
+    """The curvature at one point, as functions of the stored vectors' leaves."""
+
+    matvec: Callable[[], MatVec]  # built where it is used: it may hold intermediates
+    along: Callable[[PyTree], Array]  # d -> d . H d
+
+
+def should_refresh(step: int, refresh_period: int = 200, warmup_steps: int = 0) -> bool:
+    """Tells on the host whether to refresh before a step.
+
+    A pure function of numbers that every process knows; no device is read.
+
+    Args:
+      step: Updates done so far, a Python int.
+      refresh_period: T, steps between refreshes.
+      warmup_steps: Steps before the first refresh.
+
+    Returns:
+      True at `warmup_steps`, `warmup_steps + T`, ...
+
+    Raises:
+      ValueError: If an argument is not an integer in its range.
+    """
+    check_integer("step", step, 0)
+    check_integer("refresh_period", refresh_period, 1)
+    check_integer("warmup_steps", warmup_steps, 0)
+    return step >= warmup_steps and (step - warmup_steps) % refresh_period == 0
+
+
+def refresh(
+    state: PyTree,
+    params: Params,
+    value_fn: ValueFn | None = None,
+    *,
+    matvec_fn: Callable[[Params], MatVec] | None = None,
+) -> PyTree:
+    r"""Computes the subspace anew at `params`; pure and jittable.
+
+    m Lanczos steps on the curvature (one product each, and one more that starts the
+    recursion in the range of the curvature, so that a coordinate without gradient and
+    without curvature is never moved), the extreme Ritz pairs, and $u \leftarrow V_{new}
+    V_{old}^\top u$ for the momentum. A refresh that is not finite, not orthonormal, not
+    self-consistent or finds nothing is rejected: the old subspace stays, and `metrics`
+    counts it. With a curvature-set rate that `update` could not probe, it is probed
+    here.
+
+    Args:
+      state: Any nest of Optax states that holds one DHO² state.
+      params: The whole parameters, as `value_fn` takes them.
+      value_fn: `params -> ()`, the loss on the curvature batch; for curvature="ggn" the
+        pair `(outputs_fn, loss_fn)`.
+      matvec_fn: Instead of it, `params -> matvec`, your own curvature product.
+
+    Returns:
+      The state with a new subspace, of unchanged structure, shapes and dtypes.
+
+    Raises:
+      ValueError: If neither or both functions are given, the parameters are empty or
+        not those of `init`, the loss is not a real scalar, or it cannot be
+        differentiated as `curvature=` asks.
+    """
+
+    def change(ours: CurvatureState) -> CurvatureState:
+        curvature.check_params(params, "refresh")
+        check_one_source(value_fn, matvec_fn, "refresh")
+        part, products = products_at(
+            ours.config, layout_of_state(ours), params, value_fn, matvec_fn
+        )
+        return refreshed(ours, part, products)
+
+    return replace(state, change)
+
+
+def layout_of_state(state: CurvatureState) -> layouts.Layout:
+    """Returns the layout of the parameters the state was made for."""
+    vectors = state.subspace.eigenvectors
+    if not isinstance(vectors, layouts.Packed):
+        raise ValueError(
+            "`state` must come from parameters with at least one array, got one made "
+            "from an empty pytree; call init on the parameters."
+        )
+    return vectors.layout
+
+
+def products_at(
+    config: Config,
+    layout: layouts.Layout,
+    params: Params,
+    value_fn: ValueFn | None,
+    matvec_fn: Callable[[Params], MatVec] | None,
+) -> tuple[tuple[Array, ...], Products]:
+    """Returns the parameters' leaves that belong to the state, and their products."""
+    leaves, merge = layouts.restrict(params, layout)
+    part = tuple(leaves)
+    if matvec_fn is not None:
+        return part, _own_products(matvec_fn, params, part, layout)
+
+    if config.curvature == "ggn" and isinstance(value_fn, tuple):
+        outputs_fn, loss_fn = value_fn
+        of_part = (lambda x: outputs_fn(merge(x)), loss_fn)
+    elif callable(value_fn):
+        def of_part(x):
+            return value_fn(merge(x))
+    else:
+        of_part = value_fn
+    return part, Products(
+        matvec=lambda: curvature.build_matvec(config.curvature, of_part, part),
+        along=lambda d: curvature.directional_curvature(
+            config.curvature, of_part, part, d
+        ),
+    )
+
+
+def refreshed(
+    state: CurvatureState, part: tuple[Array, ...], products: Products
+) -> CurvatureState:
+    """Returns the state after one refresh at the parameters `part`."""
+    config, old, counters = state.config, state.subspace, state.counters
+    attempt = counters.refreshes + counters.rejected
+    new, defect, scale = compute_subspace(
+        config, part, products.matvec(), attempt, old.eigenvectors.layout
+    )
+    accept = subspaces.is_acceptable(new, scale) & (defect <= _DEFECT)
+
+    def choose(a, b):
+        return jax.tree.map(lambda x, y: jnp.where(accept, x, y), a, b)
+
+    moved = subspaces.move_momentum(state.momentum, old, new)
+    rate = state.rate
+    if rate is not None:
+        rate = _carry_rate(state, choose(new, old), products)
+    return state._replace(
+        subspace=choose(new, old),
+        momentum=choose(moved, state.momentum),
+        counters=counters._replace(
+            refreshes=counters.refreshes + accept.astype(jnp.int32),
+            rejected=counters.rejected + (~accept).astype(jnp.int32),
+            refreshed_at=jnp.where(accept, state.count, counters.refreshed_at),
+            recurrence_defect=defect,
+        ),
+        rate=rate,
+    )
+
+
+def compute_subspace(
+    config: Config,
+    part: tuple[Array, ...],
+    matvec: MatVec,
+    attempt: Array,
+    layout: layouts.Layout,
+) -> tuple[subspaces.Subspace, Array, Array]:
+    """Returns a new subspace, its recurrence defect and the operator's scale."""
+    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
+    noise = tuple(
+        jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32)
+        for i, x in enumerate(part)
+    )
+    num_matvecs = min(config.num_matvecs, layout.size)
+    run = lanczos.run(matvec, matvec(noise), num_matvecs)
+    alphas, betas = lanczos.tridiagonal(run)
+    pairs = spectrum.ritz_pairs(
+        alphas, betas, config.num_largest, config.num_smallest
+    )
+    weights = jnp.pad(pairs.weights, ((0, 0), (0, 1)))
+    new = subspaces.Subspace(
+        eigenvalues=pairs.eigenvalues,
+        eigenvectors=layouts.Packed(linalg.rotate(weights, run.basis), layout),
+        valid=pairs.valid,
+        next_eigenvalue=pairs.next_eigenvalue,
+        residuals=pairs.residuals,
+    )
+    scale = jnp.max(jnp.abs(alphas)) + 2 * jnp.max(betas)
+    return new, lanczos.recurrence_defect(run), scale
+
+
+def check_one_source(value_fn, matvec_fn, where: str) -> None:
+    """Raises unless exactly one of the two functions is given."""
+    if value_fn is None and matvec_fn is None:
+        raise ValueError(
+            f"`value_fn` must be given to {where}, got None; pass "
+            "value_fn=lambda p: loss(p, batch), or use refresh='external' and call "
+            "dho2_jax.refresh outside update."
+        )
+    if value_fn is not None and matvec_fn is not None:
+        raise ValueError(
+            f"`value_fn` and `matvec_fn` must not both be given to {where}, got both; "
+            "drop one."
+        )
+
+
+def _carry_rate(
+    state: CurvatureState, subspace: subspaces.Subspace, products: Products
+) -> _rate.RateState:
+    """Takes the last direction off the old subspace and probes if `update` did not."""
+    rate = state.rate
+    assert rate is not None
+    old_rows = state.subspace.eigenvectors.leaves
+    layout = state.subspace.eigenvectors.layout
+    direction = subspaces.project_out(
+        rate.direction.leaves, old_rows, is_active(state)
+    )
+    rate = rate._replace(direction=layouts.Packed(direction, layout))
+    unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
+
+    def probe(rate):
+        active = is_active(state._replace(subspace=subspace))
+        along = subspaces.project_out(direction, subspace.eigenvectors.leaves, active)
+        bend = jnp.abs(products.along(along))
+        one, unlimited = jnp.ones(()), jnp.full((), jnp.inf)
+        return _rate.adjust(rate, bend, one, unlimited)
+
+    return jax.lax.cond(unprobed, probe, lambda r: r, rate)
+
+
+def _own_products(matvec_fn, params, part, layout) -> Products:
+    def build():
+        matvec = matvec_fn(params)
+        if not callable(matvec):
+            raise ValueError(
+                "`matvec_fn` must map parameters to a product v -> H v, got "
+                f"{type(matvec).__name__}; wrap yours as lambda params: matvec."
+            )
+
+        def on_part(v):
+            _, merge = layouts.restrict(jax.tree.map(jnp.zeros_like, params), layout)
+            out = matvec(merge(linalg.cast_like(tuple(v), part)))
+            leaves, _ = layouts.restrict(out, layout)
+            return tuple(x.astype(jnp.float32) for x in leaves)
+
+        return on_part
+
+    return Products(
+        matvec=build, along=lambda d: linalg.vdot(d, build()(tuple(d)))
+    )

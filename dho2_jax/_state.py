@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of the transformation, and how to find it in a nest of Optax states."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dho2_jax import _layout as layouts
+from dho2_jax import _rate
+from dho2_jax import _subspace as subspaces
+from dho2_jax._config import Config
+from dho2_jax._types import Array, PyTree
+
+
+class Counters(NamedTuple):
+    """What happened to the refreshes so far."""
+
+    refreshes: Array  # (), int32: accepted
+    rejected: Array  # (), int32: computed and not used
+    refreshed_at: Array  # (), int32: `count` at the last accepted one, -1 before it
+    recurrence_defect: Array  # (), float32: of the last one, accepted or not
+
+
+class CurvatureState(NamedTuple):
+    """Everything but the base optimizer's own state."""
+
+    config: Config  # static, no leaves
+    count: Array  # (), int32: updates so far
+    enabled: Array  # (), bool: off, every update is the base optimizer's
+    subspace: subspaces.Subspace  # `eigenvectors` is a `Packed`
+    momentum: Array  # u, (k + l,), float32
+    base_scaling: Array  # s of the last update, (), float32
+    counters: Counters
+    rate: _rate.RateState | None  # None with base_rate="fixed"
+
+
+class DHO2State(NamedTuple):
+    """State of `dho2`."""
+
+    base_state: optax.OptState
+    curvature: CurvatureState
+
+
+def init_curvature(config: Config, params: PyTree) -> CurvatureState:
+    """Returns the state before any refresh, for parameters of any (abstract) leaves.
+
+    On a pytree without leaves, which is what `optax.tree_map_params` and empty parameter
+    groups pass, single empty arrays stand for the stored vectors: such a state is a
+    prefix of the real one.
+    """
+    layout = layouts.layout_of(params)
+    if layout.shapes:
+        rows = layouts.zeros(layout, (config.size,))
+        direction = layouts.Packed(
+            tuple(
+                jnp.zeros(jnp.shape(x), jnp.result_type(x))
+                for x in jax.tree.leaves(params)
+            ),
+            layout,
+        )
+    else:
+        rows = jnp.zeros((config.size, 0), jnp.float32)
+        direction = jnp.zeros((0,), jnp.float32)
+    return CurvatureState(
+        config=config,
+        count=jnp.zeros((), jnp.int32),
+        enabled=jnp.ones((), bool),
+        subspace=subspaces.empty(rows, config.size),
+        momentum=jnp.zeros((config.size,), jnp.float32),
+        base_scaling=jnp.ones((), jnp.float32),
+        counters=Counters(
+            refreshes=jnp.zeros((), jnp.int32),
+            rejected=jnp.zeros((), jnp.int32),
+            refreshed_at=jnp.full((), -1, jnp.int32),
+            recurrence_defect=jnp.zeros((), jnp.float32),
+        ),
+        rate=_rate.start(direction) if config.base_rate == "curvature" else None,
+    )
+
+
+def is_active(state: CurvatureState) -> Array:
+    """Returns which slots take part in a step: `(k + l,)`, bool."""
+    active = state.subspace.valid & state.enabled
+    if state.config.negative_curvature == "base":
+        active &= state.subspace.eigenvalues > 0
+    return active
+
+
+def find(state: PyTree) -> CurvatureState:
+    """Returns the one curvature state in any nest of Optax states, unboxed."""
+    found = [s for s in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(s)]
+    _check_one(found)
+    return _unboxed(found[0].curvature)
+
+
+def replace(
+    state: PyTree, change: Callable[[CurvatureState], CurvatureState]
+) -> PyTree:
+    """Returns the nest with its one curvature state changed, boxed as it was."""
+    _check_one([s for s in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(s)])
+
+    def visit(node: Any) -> Any:
+        if not _is_ours(node):
+            return node
+        new = change(_unboxed(node.curvature))
+        boxes = jax.tree.structure(node.curvature)
+        return node._replace(
+            curvature=jax.tree.unflatten(boxes, jax.tree.leaves(new))
+        )
+
+    return jax.tree.map(visit, state, is_leaf=_is_ours)
+
+
+def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
+    """Switches DHO² on or off in mid-run; the base optimizer's state is kept.
+
+    Off, every update is exactly the base optimizer's. On again, the old subspace is
+    used until the next refresh; call `refresh` at once if it is old.
+
+    Args:
+      state: Any nest of Optax states that holds one DHO² state.
+      enabled: A bool, or a traced boolean scalar.
+
+    Returns:
+      The state with nothing else changed.
+
+    Raises:
+      ValueError: If `state` holds no DHO² state, or several.
+    """
+    return replace(
+        state,
+        lambda s: s._replace(enabled=jnp.asarray(enabled, bool)),
+    )
+
+
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, DHO2State)
+
+
+def _check_one(found: list) -> None:
+    if len(found) != 1:
+        what = "none" if not found else f"{len(found)} of them"
+        raise ValueError(
+            f"`state` must hold exactly one DHO² state, got {what}; pass the state of "
+            "dho2(...), or of any wrapper around one."
+        )
+
+
+def _unboxed(state: CurvatureState) -> CurvatureState:
+    """Replaces whatever boxes a leaf (as Flax NNX's variables do) by the leaf."""
+
+    def is_box(x: Any) -> bool:
+        return not (x is None or isinstance(x, tuple | Config | layouts.Packed))
+
+    return jax.tree.map(lambda x: jax.tree.leaves(x)[0], state, is_leaf=is_box)

@@ -1,0 +1,11 @@
+"""Eight virtual CPU devices for every test, asked for before JAX starts."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    assert len(jax.devices()) == 8, "JAX started before tests/conftest.py"
