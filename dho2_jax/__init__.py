@@ -5,6 +5,13 @@
 curvature in any nest of Optax states.
 """
 
+from dho2_jax._alias import dho2_adam as dho2_adam
+from dho2_jax._alias import dho2_adamw as dho2_adamw
+from dho2_jax._alias import dho2_heavy_ball as dho2_heavy_ball
+from dho2_jax._alias import dho2_muon as dho2_muon
+from dho2_jax._alias import dho2_nesterov as dho2_nesterov
+from dho2_jax._alias import dho2_sgd as dho2_sgd
+from dho2_jax._alias import fosi as fosi
 from dho2_jax._config import STATIC_ARGS as STATIC_ARGS
 from dho2_jax._curvature import ggn_vp as ggn_vp
 from dho2_jax._curvature import hvp as hvp

@@ -16,7 +16,6 @@ MOMENTA = ("ema", "heavy_ball", "nesterov")
 NEGATIVE_CURVATURE = ("abs", "base")
 
 STATIC_ARGS = (
-    "base_optimizer",
     "num_largest",
     "num_smallest",
     "num_matvecs",
@@ -29,7 +28,8 @@ STATIC_ARGS = (
     "negative_curvature",
     "seed",
 )
-"""Arguments of `dho2` that must stay static: pass to `optax.inject_hyperparams`."""
+"""Arguments of `dho2` and its aliases that `optax.inject_hyperparams` must keep static.
+"""
 
 
 @jax.tree_util.register_static
@@ -51,7 +51,7 @@ class Config:
 
     @property
     def size(self) -> int:
-        """k + l, the number of slots in the subspace."""
+        """Slots in the subspace, k + l."""
         return self.num_largest + self.num_smallest
 
 

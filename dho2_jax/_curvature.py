@@ -74,7 +74,7 @@ def hvp_central_difference(
     r"""Returns the product from two gradients, $(\nabla f(x+hv) - \nabla f(x-hv))/2h$.
 
     For losses that cannot be differentiated twice at all. With rounding $\epsilon$ the
-    error is least near $h |v| = \epsilon^{1/3} (1 + |x|)$; about four digits in float32.
+    error is least near $h |v| = \epsilon^{1/3} (1 + |x|)$: four digits in float32.
 
     Args:
       value_fn: `params -> ()`, the loss.
@@ -171,9 +171,9 @@ def directional_curvature(
     along = linalg.cast_like(direction, params)
 
     def line(fn, at, tangent):
-        return jax.jvp(
-            lambda x: jax.jvp(fn, (x,), (tangent,))[1], (at,), (tangent,)
-        )[1].astype(jnp.float32)
+        return jax.jvp(lambda x: jax.jvp(fn, (x,), (tangent,))[1], (at,), (tangent,))[
+            1
+        ].astype(jnp.float32)
 
     if curvature == "hessian":
         check_value_fn(value_fn, params)
@@ -284,7 +284,7 @@ def _product(product: MatVec, params: Params, mode: str) -> MatVec:
 
 
 def _reshaped_like(v: PyTree, params: Params) -> PyTree:
-    """The same leaves under the structure of `params` (Flax boxes differ), or raises."""
+    """Puts the leaves under the structure of `params` (Flax boxes differ)."""
     ours, theirs = jax.tree.leaves(v), jax.tree.leaves(params)
     if [jnp.shape(x) for x in ours] != [jnp.shape(x) for x in theirs]:
         raise ValueError(

@@ -41,9 +41,9 @@ def start(v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner) -> LanczosS
     norm = _norm(v0, inner)
     scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
     basis = jax.tree.map(
-        lambda x: jnp.zeros((num_matvecs + 1, *x.shape), jnp.float32)
-        .at[0]
-        .set(scale * x),
+        lambda x: (
+            jnp.zeros((num_matvecs + 1, *x.shape), jnp.float32).at[0].set(scale * x)
+        ),
         v0,
     )
     return LanczosState(

@@ -84,6 +84,11 @@ def check_shapes(leaves: list, layout: Layout, name: str) -> None:
     )
 
 
+def has_holes(tree: PyTree) -> bool:
+    """Returns whether `optax.masked` has left something out of `tree`."""
+    return any(map(_is_hole, jax.tree.leaves(tree, is_leaf=_is_hole)))
+
+
 def restrict(params: PyTree, layout: Layout):
     """Finds the leaves of `layout` in `params`, which may hold others besides.
 
@@ -96,8 +101,7 @@ def restrict(params: PyTree, layout: Layout):
     """
     leaves, treedef = jax.tree.flatten(params)
     template = jax.tree.unflatten(layout.treedef, range(len(layout.shapes)))
-    holes = any(map(_is_hole, jax.tree.leaves(template, is_leaf=_is_hole)))
-    if not holes or len(leaves) == len(layout.shapes):
+    if not has_holes(template) or len(leaves) == len(layout.shapes):
         check_shapes(leaves, layout, "params")
         return leaves, lambda part: jax.tree.unflatten(treedef, part)
 

@@ -44,7 +44,7 @@ def metrics(state: PyTree) -> dict[str, Array]:
       - "enabled": 1 while DHO² is on.
       - "refreshes", "rejected": refreshes used, and computed but not used.
       - "age": updates since the subspace in use was computed.
-      - "num_valid", "num_active": pairs found; of these, pairs that take part in a step.
+      - "num_valid", "num_active": pairs found; of these, those that a step uses.
       - "sharpness": the largest eigenvalue found, 0 before any.
       - "smallest_eigenvalue": the smallest found, 0 before any.
       - "next_eigenvalue": the largest Ritz value not kept, what the base still feels.

@@ -151,9 +151,7 @@ def adjust(rate: RateState, bend: Array, schedule: Array, largest: Array) -> Rat
     grown = jnp.minimum(best, growth * rate.scale)
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
     least = jnp.where(taken < 3 * best, slow, 0.5)
-    shrunk = rate.scale * jnp.maximum(
-        best / jnp.where(taken > 0, taken, 1.0), least
-    )
+    shrunk = rate.scale * jnp.maximum(best / jnp.where(taken > 0, taken, 1.0), least)
     scale = jnp.where(
         best > rate.scale, grown, jnp.where(best < taken, shrunk, rate.scale)
     )

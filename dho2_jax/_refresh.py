@@ -2,7 +2,7 @@
 """The refresh: from a loss and a point to a new subspace, accepted or rejected."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,20 +118,47 @@ def products_at(
     if matvec_fn is not None:
         return part, _own_products(matvec_fn, params, part, layout)
 
-    if config.curvature == "ggn" and isinstance(value_fn, tuple):
-        outputs_fn, loss_fn = value_fn
-        of_part = (lambda x: outputs_fn(merge(x)), loss_fn)
-    elif callable(value_fn):
-        def of_part(x):
-            return value_fn(merge(x))
-    else:
-        of_part = value_fn
+    of_part = _of_part(value_fn, merge)
     return part, Products(
         matvec=lambda: curvature.build_matvec(config.curvature, of_part, part),
         along=lambda d: curvature.directional_curvature(
             config.curvature, of_part, part, d
         ),
     )
+
+
+def products_in_update(
+    config: Config,
+    layout: layouts.Layout,
+    params: Params | None,
+    value_fn: ValueFn | None,
+    matvec_fn: Callable[[Params], MatVec] | None,
+) -> Products | None:
+    """Returns the products that `update` was given the means for; or none, or raises."""
+    if config.refresh == "external" and value_fn is None and matvec_fn is None:
+        return None
+    check_one_source(value_fn, matvec_fn, f"update with refresh='{config.refresh}'")
+    if params is None:
+        raise ValueError(
+            "`params` must be given to update together with `value_fn`, got None; call "
+            "tx.update(grads, state, params, value_fn=...)."
+        )
+    if value_fn is not None and layouts.has_holes(params):
+        _check_takes_holes(value_fn, params)
+    return products_at(config, layout, params, value_fn, matvec_fn)[1]
+
+
+def maybe_refresh(
+    state: CurvatureState, params: Params, products: Products
+) -> CurvatureState:
+    """Refreshes when the period is full; by the step count alone, on every device."""
+    config = state.config
+    since = state.count - config.warmup_steps
+    due = (since >= 0) & (since % config.refresh_period == 0) & state.enabled
+    part = tuple(jax.tree.leaves(params))
+    # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
+    # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
+    return jax.lax.cond(due, lambda s: refreshed(s, part, products), lambda s: s, state)
 
 
 def refreshed(
@@ -181,9 +208,7 @@ def compute_subspace(
     num_matvecs = min(config.num_matvecs, layout.size)
     run = lanczos.run(matvec, matvec(noise), num_matvecs)
     alphas, betas = lanczos.tridiagonal(run)
-    pairs = spectrum.ritz_pairs(
-        alphas, betas, config.num_largest, config.num_smallest
-    )
+    pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
     weights = jnp.pad(pairs.weights, ((0, 0), (0, 1)))
     new = subspaces.Subspace(
         eigenvalues=pairs.eigenvalues,
@@ -219,9 +244,7 @@ def _carry_rate(
     assert rate is not None
     old_rows = state.subspace.eigenvectors.leaves
     layout = state.subspace.eigenvectors.layout
-    direction = subspaces.project_out(
-        rate.direction.leaves, old_rows, is_active(state)
-    )
+    direction = subspaces.project_out(rate.direction.leaves, old_rows, is_active(state))
     rate = rate._replace(direction=layouts.Packed(direction, layout))
     unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
 
@@ -233,6 +256,33 @@ def _carry_rate(
         return _rate.adjust(rate, bend, one, unlimited)
 
     return jax.lax.cond(unprobed, probe, lambda r: r, rate)
+
+
+def _of_part(value_fn: Any, merge: Callable) -> Any:
+    """Returns the loss, or the pair of "ggn", as a function of the state's leaves.
+
+    Anything else is returned as it is: the curvature products say what is wrong.
+    """
+    if isinstance(value_fn, tuple) and len(value_fn) == 2:
+        return (_of_part(value_fn[0], merge), value_fn[1])
+    if callable(value_fn):
+        return lambda part: value_fn(merge(part))
+    return value_fn
+
+
+def _check_takes_holes(value_fn: Any, params: Params) -> None:
+    """Raises when a loss of all parameters meets the masked tree of `optax.masked`."""
+    if isinstance(value_fn, tuple):
+        value_fn = value_fn[0]
+    try:
+        jax.eval_shape(value_fn, params)
+    except Exception as error:
+        raise ValueError(
+            "`value_fn` must take the masked parameters inside optax.masked or "
+            f"optax.partition, got {type(error).__name__} from it; use "
+            "refresh='external' and dho2_jax.refresh(state, params, value_fn), which "
+            "takes all parameters."
+        ) from error
 
 
 def _own_products(matvec_fn, params, part, layout) -> Products:
@@ -252,6 +302,4 @@ def _own_products(matvec_fn, params, part, layout) -> Products:
 
         return on_part
 
-    return Products(
-        matvec=build, along=lambda d: linalg.vdot(d, build()(tuple(d)))
-    )
+    return Products(matvec=build, along=lambda d: linalg.vdot(d, build()(tuple(d))))

@@ -11,7 +11,7 @@ _NOISE = 64 * float(jnp.finfo(jnp.float32).eps)
 
 
 class RitzPairs(NamedTuple):
-    """The k + l chosen pairs, ascending; slots that found nothing are zero, not valid."""
+    """The k + l chosen pairs; slots that found nothing are zero and not valid."""
 
     eigenvalues: Array  # (k + l,), float32
     weights: Array  # (k + l, m), float32: each Ritz vector in the Lanczos basis

@@ -47,9 +47,9 @@ class DHO2State(NamedTuple):
 def init_curvature(config: Config, params: PyTree) -> CurvatureState:
     """Returns the state before any refresh, for parameters of any (abstract) leaves.
 
-    On a pytree without leaves, which is what `optax.tree_map_params` and empty parameter
-    groups pass, single empty arrays stand for the stored vectors: such a state is a
-    prefix of the real one.
+    On a pytree without leaves, which is what `optax.tree_map_params` and empty groups
+    of parameters pass, single empty arrays stand for the stored vectors: such a state
+    is a prefix of the real one.
     """
     layout = layouts.layout_of(params)
     if layout.shapes:
@@ -107,9 +107,7 @@ def replace(
             return node
         new = change(_unboxed(node.curvature))
         boxes = jax.tree.structure(node.curvature)
-        return node._replace(
-            curvature=jax.tree.unflatten(boxes, jax.tree.leaves(new))
-        )
+        return node._replace(curvature=jax.tree.unflatten(boxes, jax.tree.leaves(new)))
 
     return jax.tree.map(visit, state, is_leaf=_is_ours)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import optax
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -28,5 +29,5 @@ MatVec: TypeAlias = Callable[[PyTree], PyTree]
 Inner: TypeAlias = Callable[[Rows, PyTree], Array]
 """`(rows, vector) -> (rows,)`: each row's inner product with the vector."""
 
-ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Array | float]
+ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
 """A number, a traced number, or an Optax schedule of the step count."""

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The mathematics of one hybrid step, without the Optax contract around it.
+
+Symbols of FOSI (arXiv 2302.08484) and DHO² (arXiv 2505.00982) and their names here:
+
+    g        updates                     V, lambda  Subspace.eigenvectors, .eigenvalues
+    k, l     num_largest, num_smallest   lambda_+   Subspace.next_eigenvalue
+    m        num_matvecs                 T          refresh_period
+    alpha    newton_learning_rate        beta       subspace_decay
+    delta    damping                     c          max_base_scaling
+    u        CurvatureState.momentum     s          CurvatureState.base_scaling
+
+Each step, with c0 = V g:
+
+    1. complement  g2 = g - V^T c0;  d = base.update(g2);  d <- d - V^T V d
+    2. momentum    u <- beta u + (1 - beta) c0
+    3. update      s d - alpha V^T (u / (|lambda| + delta))
+
+u lives in the span of V and is kept as its k + l coefficients. V is read four times:
+for c0, for g2, for V d, and for the one combination that ends lines 1 and 3 together.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dho2_jax import _layout as layouts
+from dho2_jax import _linalg as linalg
+from dho2_jax import _rate
+from dho2_jax import _subspace as subspaces
+from dho2_jax._refresh import Products
+from dho2_jax._state import CurvatureState, is_active
+from dho2_jax._types import Array
+
+Leaves = tuple[Array, ...]
+
+_FLOOR = 0.01  # least |lambda| over the largest, under a curvature-set rate
+
+
+class Rates(NamedTuple):
+    """The hyper-parameters of this step, `()` float32 each."""
+
+    newton: Array  # alpha
+    decay: Array  # beta
+    damping: Array  # delta
+    cap: Array  # c
+    schedule: Array
+
+
+class Split(NamedTuple):
+    """A gradient in two parts."""
+
+    active: Array  # (k + l,), bool: slots that take part
+    inside: Array  # c0 = V g, (k + l,), float32
+    complement: Leaves  # g2 = g - V^T c0, in the dtypes of g
+
+
+def split(state: CurvatureState, grads: Leaves) -> Split:
+    """Splits the gradient into the subspace and its complement."""
+    rows, active = state.subspace.eigenvectors.leaves, is_active(state)
+    inside = subspaces.coefficients(rows, grads, active)
+    return Split(active, inside, subspaces.remove(grads, inside, rows))
+
+
+def join(
+    state: CurvatureState,
+    parts: Split,
+    steps: Leaves,
+    rates: Rates,
+    products: Products | None,
+) -> tuple[Leaves, CurvatureState]:
+    """Joins the base optimizer's update d with the Newton step.
+
+    Args:
+      state: Before the step.
+      parts: What `split` made of the gradient.
+      steps: d, the leaves of the base's update of the complement.
+      rates: The hyper-parameters.
+      products: The curvature at the parameters, for the rate's probes, if there is one.
+
+    Returns:
+      The leaves of the update, in the dtypes of d, and the state after the step.
+    """
+    config, space = state.config, state.subspace
+    rows, active = space.eigenvectors.leaves, parts.active
+    overlap = subspaces.coefficients(rows, steps, active)
+
+    if state.rate is None:
+        rate, floor = None, 0.0
+        spread = subspaces.spread_of_largest(
+            space.eigenvalues, active, config.num_smallest
+        )
+        scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, rates.cap), 1.0)
+    else:
+        scale, rate = _set_rate(state, parts, steps, rates, products)
+        floor = _FLOOR
+
+    momentum = _next_momentum(state, parts.inside, rates.decay)
+    momentum = jnp.where(active, momentum, 0.0)
+    inverse = subspaces.newton_scale(space.eigenvalues, active, rates.damping, floor)
+    newton = rates.newton * momentum * inverse
+    if rate is not None:
+        newton *= _shortening(newton, steps, overlap, scale)
+
+    inside = linalg.combine(scale * overlap + newton, rows)
+    updates = tuple(
+        (rates.schedule * (scale * d.astype(jnp.float32) - v)).astype(d.dtype)
+        for d, v in zip(steps, inside, strict=True)
+    )
+    return updates, state._replace(momentum=momentum, base_scaling=scale, rate=rate)
+
+
+def _set_rate(
+    state: CurvatureState,
+    parts: Split,
+    steps: Leaves,
+    rates: Rates,
+    products: Products | None,
+) -> tuple[Array, _rate.RateState]:
+    """One step of the curvature-set rate, which rests while no slot is active."""
+    rate = state.rate
+    assert rate is not None
+    use, started = jnp.any(parts.active), rate.steps > 0
+    slope = linalg.vdot(parts.complement, rate.direction.leaves)
+    rate = _pick(use & started, _rate.observe(rate, slope), rate)
+
+    if products is not None:
+        slope_ahead = linalg.vdot(parts.complement, steps)
+
+        def probe(rate: _rate.RateState) -> _rate.RateState:
+            # The previous direction has not seen this batch; the first has no other.
+            along = subspaces.project_out(
+                _pick(started, rate.direction.leaves, steps),
+                state.subspace.eigenvectors.leaves,
+                parts.active,
+            )
+            bend = jnp.abs(products.along(along))
+            adjusted = _rate.adjust(rate, bend, rates.schedule, rates.cap)
+            return _pick(started, adjusted, _rate.first_scale(rate, slope_ahead, bend))
+
+        due = use & (_rate.is_due(rate) | ~started)
+        rate = jax.lax.cond(due, probe, lambda r: r, rate)
+
+    rate = rate._replace(
+        scale=jnp.minimum(rate.scale, rates.cap),
+        steps=rate.steps + use.astype(jnp.int32),
+        direction=layouts.Packed(
+            linalg.cast_like(steps, rate.direction.leaves), rate.direction.layout
+        ),
+    )
+    return jnp.where(use, rate.scale, 1.0), rate
+
+
+def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:
+    """Returns u after c0, by the recursion that `subspace_momentum` names."""
+    kind, momentum = state.config.subspace_momentum, state.momentum
+    if kind == "heavy_ball":
+        return beta * momentum + inside
+    if kind == "nesterov":
+        return beta**2 * momentum + (1 + beta) * inside
+    return beta * momentum + (1 - beta) * inside
+
+
+def _shortening(newton: Array, steps: Leaves, overlap: Array, scale: Array) -> Array:
+    """Returns the factor that makes the Newton part no longer than the base part."""
+    outside = linalg.vdot(steps, steps) - jnp.sum(overlap**2)
+    length = scale * jnp.sqrt(jnp.maximum(outside, 0.0))
+    own = jnp.sqrt(jnp.sum(newton**2))
+    return jnp.minimum(1.0, length / jnp.where(own > 0, own, 1.0))
+
+
+def _pick(condition: Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
