@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dho2`: reads arguments, prints results, says mistakes in one sentence.
+
+The heavy imports happen inside the commands, so that `dho2 --help` is quick and a
+missing extra can be explained.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dho2_jax.app.errors import UserError, nearest
+
+EXTRA = "PIL absl flax matplotlib ml_collections sklearn tensorboardX tqdm".split()
+INTERRUPTED = 130  # what a shell expects after SIGINT
+
+COMMANDS = ("train", "compare")
+
+DESCRIPTION = """\
+Train with DHO²: a Newton step in the sharpest directions of the loss, any Optax
+optimizer in all others.
+"""
+EPILOG = """\
+example:
+  dho2 train configs/patch_autoencoder.py --config.optimizer.num_largest=20
+  dho2 compare configs/digits_mlp.py --config.num_seeds=3
+
+Every field of a config file can be set by --config.NAME=VALUE.
+"""
+TRAIN = """\
+Trains with DHO², then with its base optimizer alone on the same budget, and writes
+metrics.jsonl, TensorBoard events, config.json, summary.json and plot.png into
+config.workdir (default: runs/<name of the config>; never written over).
+"""
+COMPARE = """\
+Trains the base optimizer alone and DHO² on the same budget with several seeds
+(--config.num_seeds=3), prints a table and writes it to compare.json, with plot.png.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says mistakes as `UserError` instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what there is.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dho2",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text, brief in (
+        ("train", TRAIN, "train with DHO² and its base, and draw the picture"),
+        ("compare", COMPARE, "base against DHO² over several seeds, as a table"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=brief,
+            description=text,
+            epilog="Fields of the config are set by --config.NAME=VALUE, for instance\n"
+            "--config.steps=300 or --config.optimizer.base=muon.",
+            usage=f"dho2 {name} [-h] CONFIG [--config.NAME=VALUE ...]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument(
+            "config", metavar="CONFIG", help="a config file, see configs/"
+        )
+    return parser
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `--config.NAME=VALUE` and `--config.NAME VALUE` from all else."""
+    overrides, others = [], []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("--config."):
+            others.append(argument)
+        elif "=" in argument:
+            overrides.append(argument)
+        elif queue and not queue[0].startswith("--"):
+            overrides.append(f"{argument}={queue.pop(0)}")
+        else:
+            raise UserError(f"`{argument}` needs a value: {argument}=VALUE.")
+    return overrides, others
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Does what the arguments ask for and returns the exit status."""
+    overrides, others = _split_overrides(arguments)
+    parser = _parser()
+    if others and not others[0].startswith("-") and others[0] not in COMMANDS:
+        raise UserError(
+            f"there is no command `{others[0]}`; {nearest(others[0], COMMANDS)}"
+        )
+    options = parser.parse_args(others)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    from dho2_jax.app import compare, experiment, train
+
+    with train.interruptible() as should_stop:
+        prepared = experiment.prepare(options.config, overrides)
+        if options.command == "train":
+            runs = experiment.train_both(prepared, should_stop)
+        else:
+            runs = compare.compare(prepared, should_stop)
+        picture = experiment.draw(prepared, runs)
+    if options.command == "train":
+        for run in runs:
+            print(_sentence(experiment.outcome(run)))
+    else:
+        summary = compare.summarise(runs)
+        compare.write_summary(prepared, summary)
+        print(compare.table(summary, prepared.task.loss_label))
+    if should_stop():
+        print(
+            f"Stopped by Ctrl-C at step {runs[-1].rows[-1]['step']} of "
+            f"{runs[-1].optimizer.label}; what was written is kept in "
+            f"{prepared.directory}, with the picture {picture}."
+        )
+        return INTERRUPTED
+    print(f"Wrote {picture} and, beside it, metrics as JSONL and TensorBoard events.")
+    return 0
+
+
+def _sentence(outcome: dict) -> str:
+    """Says in one line what a run came to."""
+    return (
+        f"{outcome['label']}: validation loss {outcome['final_val_loss']:.4g} after "
+        f"{outcome['steps']} steps in {outcome['seconds']:.1f} s "
+        f"(compilation {outcome['compile_seconds']:.1f} s apart)."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits.
+
+    Args:
+      arguments: Without the program's name; default: those of the process.
+    """
+    with contextlib.suppress(AttributeError, ValueError):
+        # A terminal without UTF-8 shows "DHO?" rather than an encoding error.
+        sys.stdout.reconfigure(errors="replace")  # pyright: ignore
+    try:
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"dho2: error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        print(
+            f"dho2: error: cannot use `{error.filename}`: {error.strerror}.",
+            file=sys.stderr,
+        )
+        status = 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRA:
+            raise
+        print(
+            f"dho2: error: `{missing}` is not installed, and training needs it; "
+            "run: pip install 'dho2-jax[train]'",
+            file=sys.stderr,
+        )
+        status = 2
+    except KeyboardInterrupt:
+        print("dho2: stopped by Ctrl-C; what was written is kept.", file=sys.stderr)
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

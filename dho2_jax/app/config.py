@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a config file, completes it, applies `--config.NAME=VALUE` and checks it all.
+
+Every mistake becomes a `UserError` of one sentence. Imports from `errors` only; what
+the tasks and the optimizer accept is passed in as their keyword arguments.
+"""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from dho2_jax.app.errors import UserError, nearest
+
+Config = Any  # a ConfigDict, whose fields have no static types
+
+# Fields of a run that a config file may leave out.
+RUN_DEFAULTS: dict[str, Any] = {
+    "seed": 0,
+    "num_seeds": 3,  # `dho2 compare` runs seeds seed, seed + 1, ...
+    "curvature_batch_size": 0,  # 0: a quarter of the batch
+    "log_every": 10,
+    "eval_every": 50,
+    "train_base": True,
+    "base_schedule": "constant",
+    "workdir": "",  # empty: runs/<name of the config file>
+}
+REQUIRED: dict[str, type] = {
+    "steps": int,
+    "batch_size": int,
+    "base_learning_rate": float,
+    "task": config_dict.ConfigDict,
+    "optimizer": config_dict.ConfigDict,
+}
+
+
+def load(path: str) -> Config:
+    """Runs the `get_config()` of a config file.
+
+    Args:
+      path: A Python file that defines `get_config()`.
+
+    Returns:
+      The config as the file gives it.
+
+    Raises:
+      UserError: If there is no such file or it does not yield a config.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        beside = file.parent.glob("*.py") if file.parent.is_dir() else ()
+        others = [str(one) for one in beside]
+        remedy = nearest(path, others) if others else "give the path of a Python file."
+        raise UserError(f"there is no config file `{path}`; {remedy}")
+    spec = importlib.util.spec_from_file_location(f"_dho2_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"the config file `{path}` must be a Python file (.py).")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"the config file `{path}` must define `get_config()`.")
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # the user's own file may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"the config file `{path}` does not run ({reason}); correct it."
+        ) from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"`get_config()` in `{path}` must return an ml_collections.ConfigDict, "
+            f"got {type(config).__name__}."
+        )
+    return config
+
+
+def keyword_defaults(
+    function: Callable[..., Any], skip: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns the keyword arguments of `function` with their defaults.
+
+    Args:
+      function: Any function with a readable signature.
+      skip: Names to leave out.
+
+    Returns:
+      Defaults by name; a default of None becomes a placeholder of the annotated type.
+    """
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in skip or parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        default = parameter.default
+        if default is None:
+            allowed = typing.get_args(parameter.annotation)
+            kind = next((one for one in (str, int) if one in allowed), float)
+            default = config_dict.placeholder(kind)
+        found[name] = default
+    return found
+
+
+def complete(
+    config: Config,
+    tasks: Mapping[str, Callable[..., Any]],
+    optimizer_defaults: Mapping[str, Any],
+) -> Config:
+    """Checks the names in a config and fills in what it leaves out.
+
+    Args:
+      config: As loaded from a file.
+      tasks: Functions whose keyword arguments are the fields of `config.task`.
+      optimizer_defaults: The fields of `config.optimizer`.
+
+    Returns:
+      A locked copy with every field that an override may set.
+
+    Raises:
+      UserError: If a field is unknown, missing or of the wrong type.
+    """
+    config = config.copy_and_resolve_references()
+    for name, kind in REQUIRED.items():
+        if name not in config:
+            raise UserError(f"`config.{name}` is missing; add it to the config file.")
+        number = kind is float and isinstance(config[name], int)
+        if not (isinstance(config[name], kind) or number):
+            raise UserError(
+                f"`config.{name}` must be of type {kind.__name__}, "
+                f"got {config[name]!r}."
+            )
+    if "name" not in config.task or config.task.name not in tasks:
+        name = str(config.task.get("name", ""))
+        raise UserError(
+            f"`config.task.name` must name a task, got {name!r}; {nearest(name, tasks)}"
+        )
+    task_defaults = {"name": "", **keyword_defaults(tasks[config.task.name])}
+    _fill(config, {**RUN_DEFAULTS, **dict.fromkeys(REQUIRED)}, "config")
+    _fill(config.task, task_defaults, "config.task")
+    _fill(config.optimizer, optimizer_defaults, "config.optimizer")
+    config.base_learning_rate = float(config.base_learning_rate)
+    return config.lock()
+
+
+def _fill(config: Config, defaults: Mapping[str, Any], where: str) -> None:
+    """Adds missing fields with their types, and rejects names that are none of them."""
+    for name in config.keys():
+        if name not in defaults:
+            raise UserError(
+                f"`{where}.{name}` is not a field; "
+                + nearest(f"{where}.{name}", [f"{where}.{one}" for one in defaults])
+            )
+    with config.unlocked():
+        for name, default in defaults.items():
+            given = config.get(name)
+            if given is None:
+                config[name] = default
+            elif isinstance(default, config_dict.FieldReference):
+                # A value for a field that may also be None: keep it resettable.
+                config[name] = default
+                config[name] = given
+            elif isinstance(default, float) and type(given) is int:
+                config[name] = float(given)
+            elif default is not None and not isinstance(given, type(default)):
+                raise UserError(
+                    f"`{where}.{name}` must be of type {type(default).__name__}, "
+                    f"got {given!r}."
+                )
+
+
+def override(
+    config: Config,
+    overrides: Sequence[str],
+    optimizer_defaults: Mapping[str, Any],
+) -> None:
+    """Applies `--config.NAME=VALUE` arguments, in place.
+
+    Args:
+      config: A completed config.
+      overrides: Arguments, each with its `=`.
+      optimizer_defaults: As for `complete`; says which fields may be None.
+
+    Raises:
+      UserError: If a name is not a field or a value does not fit its type.
+    """
+    fields = dict(_leaves(config, "config."))
+    remaining: dict[str, str] = {}  # of two overrides of one field the last counts
+    for argument in overrides:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name not in fields:
+            if any(one.startswith(name + ".") for one in fields):
+                raise UserError(
+                    f"`{name}` is a group of fields; set one of them, as in "
+                    f"`--{next(one for one in fields if one.startswith(name + '.'))}=`."
+                )
+            raise UserError(f"`{name}` is not a field; {nearest(name, fields)}")
+        group, _, field = name.rpartition(".")
+        default = optimizer_defaults.get(field)
+        optional = isinstance(default, config_dict.FieldReference)
+        if value == "None" and group == "config.optimizer" and optional:
+            config.optimizer[field] = None  # config_flags has no word for it
+            remaining.pop(name, None)
+        else:
+            remaining[name] = argument
+    values = flags.FlagValues()
+    argv = ["dho2", *remaining.values()]
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=argv, lock_config=True
+    )
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        failed = re.search(r"--(config[\w.]*)=(.*?):", str(error), re.DOTALL)
+        name, value = failed.groups() if failed else ("config", "")
+        kind = fields.get(name)
+        expected = kind.__name__ if kind else "the type that the config gives it"
+        raise UserError(
+            f"`{name}` must be of type {expected}, got {value!r}."
+        ) from error
+
+
+def _leaves(config: Config, prefix: str):
+    """Yields each field's full name with its type."""
+    for name in config.keys():
+        if isinstance(config[name], config_dict.ConfigDict):
+            yield from _leaves(config[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", config.get_type(name)
+
+
+def validate(config: Config) -> None:
+    """Checks the ranges of the fields that belong to a run.
+
+    Args:
+      config: A completed config with its overrides.
+
+    Raises:
+      UserError: If a value is out of its range.
+    """
+    for name in ("steps", "batch_size", "num_seeds", "log_every", "eval_every"):
+        if config[name] < 1:
+            raise UserError(f"`config.{name}` must be at least 1, got {config[name]}.")
+    for name, value in config.task.items():
+        if type(value) is int and value < 1:
+            raise UserError(f"`config.task.{name}` must be at least 1, got {value}.")
+    for name in ("seed", "base_learning_rate", "optimizer.learning_rate"):
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if not value >= 0:
+            raise UserError(f"`config.{name}` must not be negative, got {value}.")
+    for name in ("momentum", "b1", "b2"):
+        value = config.optimizer[name]
+        if not 0 <= value < 1:
+            raise UserError(
+                f"`config.optimizer.{name}` must lie in [0, 1), got {value}."
+            )
+    if not 0 <= config.curvature_batch_size <= config.batch_size:
+        raise UserError(
+            "`config.curvature_batch_size` must be between 0 (a quarter of the batch) "
+            f"and config.batch_size={config.batch_size}, "
+            f"got {config.curvature_batch_size}."
+        )
+
+
+def curvature_batch_size(config: Config) -> int:
+    """Returns the number of examples that measure curvature: by default a quarter.
+
+    Args:
+      config: A completed config.
+
+    Returns:
+      At least one.
+    """
+    return config.curvature_batch_size or max(1, config.batch_size // 4)

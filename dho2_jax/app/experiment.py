@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to runs on disk: what `dho2 train` and `dho2 compare` share."""
+
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from dho2_jax.app import config as configs
+from dho2_jax.app import optimizers, plots, writers
+from dho2_jax.app.errors import UserError
+from dho2_jax.app.tasks import TASKS, Task
+from dho2_jax.app.train import Programs, Run, compile_programs, train
+
+
+class Experiment(NamedTuple):
+    """A checked config with all that follows from it."""
+
+    name: str
+    config: configs.Config
+    task: Task
+    dho2: optimizers.Optimizer
+    base: optimizers.Optimizer
+    directory: pathlib.Path
+
+
+def prepare(path: str, overrides: Sequence[str]) -> Experiment:
+    """Loads a config file and builds the experiment that it describes.
+
+    Args:
+      path: The config file.
+      overrides: `--config.NAME=VALUE` arguments.
+
+    Returns:
+      The experiment; its directory exists, is new, and holds `config.json`.
+
+    Raises:
+      UserError: If anything in the config is wrong.
+    """
+    defaults = optimizers.optimizer_defaults()
+    config = configs.complete(configs.load(path), TASKS, defaults)
+    configs.override(config, overrides, defaults)
+    # Again, since an override may have named another task.
+    config = configs.complete(config, TASKS, defaults)
+    configs.validate(config)
+    dho2, base = optimizers.build_dho2(config), optimizers.build_base(config)
+    arguments = dict(config.task.items())
+    task = TASKS[arguments.pop("name")](config.batch_size, **arguments)
+    name = pathlib.Path(path).stem
+    directory = writers.free_directory(config.workdir or f"runs/{name}")
+    writers.write_json(directory / "config.json", config.to_dict())
+    return Experiment(name, config, task, dho2, base, directory)
+
+
+def compile_for(experiment: Experiment, optimizer: optimizers.Optimizer) -> Programs:
+    """Compiles the programs of one of the experiment's optimizers.
+
+    Args:
+      experiment: The experiment.
+      optimizer: Its `dho2` or its `base`.
+
+    Returns:
+      Programs that serve every seed.
+
+    Raises:
+      UserError: If the optimizer rejects the parameters or the loss.
+    """
+    size = configs.curvature_batch_size(experiment.config)
+    tqdm.write(f"Compiling {optimizer.label} ...", file=sys.stderr)
+    try:
+        return compile_programs(experiment.task, optimizer, size)
+    except ValueError as error:
+        # What dho2 can check only when it sees the parameters.
+        raise UserError(f"config.optimizer: {error}") from error
+
+
+def run_one(
+    experiment: Experiment,
+    optimizer: optimizers.Optimizer,
+    programs: Programs,
+    *,
+    seed: int,
+    directory: pathlib.Path,
+    should_stop: Callable[[], bool],
+) -> Run:
+    """Trains once and logs into `directory`.
+
+    Args:
+      experiment: The experiment.
+      optimizer: Its `dho2` or its `base`.
+      programs: Compiled for it.
+      seed: Of the parameters and the batches.
+      directory: Where metrics and events go.
+      should_stop: Asked before every update.
+
+    Returns:
+      The run.
+    """
+    config = experiment.config
+    with writers.open_log(directory) as write:
+        return train(
+            experiment.task,
+            optimizer,
+            programs,
+            seed=seed,
+            steps=config.steps,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            write=write,
+            should_stop=should_stop,
+        )
+
+
+def draw(experiment: Experiment, runs: Sequence[Run]) -> pathlib.Path:
+    """Draws the runs that there are.
+
+    Args:
+      experiment: The experiment.
+      runs: At least one run.
+
+    Returns:
+      The path of the picture.
+    """
+    path = experiment.directory / "plot.png"
+    plots.plot_runs(
+        path,
+        runs,
+        title=f"{experiment.name}: {max(run.rows[-1]['step'] for run in runs)} steps",
+        loss_label=experiment.task.loss_label,
+    )
+    return path
+
+
+def train_both(experiment: Experiment, should_stop: Callable[[], bool]) -> list[Run]:
+    """Runs DHO² and, if the config says so, its base; writes `summary.json`.
+
+    Args:
+      experiment: The experiment.
+      should_stop: Asked before every update.
+
+    Returns:
+      The runs, DHO² first; the last may have been interrupted.
+    """
+    runs = []
+    chosen = [experiment.dho2] + [experiment.base] * experiment.config.train_base
+    for optimizer in chosen:
+        programs = compile_for(experiment, optimizer)
+        if should_stop() and runs:
+            break
+        run = run_one(
+            experiment,
+            optimizer,
+            programs,
+            seed=experiment.config.seed,
+            directory=experiment.directory / optimizer.name,
+            should_stop=should_stop,
+        )
+        runs.append(run)
+        if run.interrupted:
+            break
+    summary = {run.optimizer.name: outcome(run) for run in runs}
+    writers.write_json(experiment.directory / "summary.json", summary)
+    return runs
+
+
+def outcome(run: Run) -> writers.Row:
+    """Returns what one run came to.
+
+    Args:
+      run: A run with at least one row.
+
+    Returns:
+      Plain numbers, for JSON and for sentences.
+    """
+    last, losses = run.rows[-1], run.series("val_loss")[2]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return {
+        "label": run.optimizer.label,
+        "seed": run.seed,
+        "steps": last["step"],
+        "seconds": last["seconds"],
+        "compile_seconds": run.compile_seconds,
+        "final_val_loss": losses[-1],
+        "best_val_loss": min(finite, default=math.nan),
+        "interrupted": run.interrupted,
+    }

@@ -1,0 +1,93 @@
+"""The data: no overlap, batches a pure function of (seed, step), known ranges."""
+
+import numpy as np
+import pytest
+
+from dho2_jax.app import data
+
+DATASETS = {
+    "patches": lambda: data.patches(32, patch_size=16, tile_size=64, num_validation=64),
+    "digits": lambda: data.digits(32, num_validation=360),
+    "characters": lambda: data.characters(
+        32, length=16, max_bytes=300_000, num_validation=64
+    ),
+}
+
+
+def leaves(batch):
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_batches_depend_on_seed_and_step_only(name):
+    first, second = DATASETS[name](), DATASETS[name]()
+    first.train_batch(3, 0)  # a call in between leaves no trace
+    for a, b in zip(
+        leaves(first.train_batch(3, 7)), leaves(second.train_batch(3, 7)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+        assert len(a) == 32 and a.dtype in (np.float32, np.int32)
+    reference = leaves(first.train_batch(3, 7))[0]
+    for seed, step in ((3, 8), (4, 7), (7, 3)):
+        assert not np.array_equal(reference, leaves(first.train_batch(seed, step))[0])
+    for a, b in zip(leaves(first.validation), leaves(second.validation), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_patches_share_no_pixel():
+    train, held_out = data.patch_positions(16, 64)
+    shape = data.photographs().shape
+
+    def covered(positions):
+        pixels = np.zeros(shape, bool)
+        windows = np.lib.stride_tricks.sliding_window_view(
+            pixels, (16, 16), axis=(1, 2), writeable=True
+        )
+        for image, row, column in positions:
+            windows[image, row, column] = True
+        return pixels
+
+    by_train, by_held_out = covered(train), covered(held_out)
+    assert not (by_train & by_held_out).any()
+    assert by_train.mean() > 0.6 and 0.15 < by_held_out.mean() < 0.25
+
+
+def test_patches_are_cut_where_they_say():
+    dataset = DATASETS["patches"]()
+    pixels = data.photographs()
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    train, _ = data.patch_positions(16, 64)
+    # Same generator, same choice, but positions are looked up the slow way.
+    chosen = data.generator(1, 2).choice(len(train), size=32)
+    expected = [
+        pixels[image, row : row + 16, column : column + 16].ravel()
+        for image, row, column in train[chosen]
+    ]
+    np.testing.assert_array_equal(dataset.train_batch(1, 2), expected)
+
+
+def test_digits_are_split():
+    dataset = data.digits(1437, num_validation=360)
+    images, labels = dataset.train_batch(0, 0)
+    together = np.concatenate([images, dataset.validation[0]])
+    assert together.shape == (1797, 64) and len(np.unique(together, axis=0)) == 1797
+    assert set(labels) == set(range(10)) and images.max() == 1
+
+
+def test_source_text_is_split_by_file():
+    train, held_out = data.source_texts(300_000)
+    files = data.source_files()
+    for tokens, number in ((train, 0), (held_out, 5)):
+        text = files[number].read_text(encoding="utf-8", errors="ignore")
+        expected = data.encode(text)
+        assert np.array_equal(tokens[: len(expected)], expected)
+    assert len(train) + len(held_out) >= 300_000
+    assert train.max() < len(data.VOCABULARY)
+    # A long piece of the held-out text does not occur in the training text.
+    piece = held_out[len(held_out) // 2 :][:400].tobytes()
+    assert piece not in train.tobytes()
+
+
+def test_encode_drops_what_it_has_no_word_for():
+    text = "".join(data.VOCABULARY[i] for i in data.encode("a\té\nZ~\x00"))
+    assert text == "a    \nZ~"
