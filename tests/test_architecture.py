@@ -1,0 +1,219 @@
+"""The shape of the package: data flows one way, and everything public is documented."""
+
+import ast
+import inspect
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import dho2_jax
+
+ROOT = pathlib.Path(dho2_jax.__file__).parent
+CORE = sorted(ROOT.glob("*.py"))
+EVERYTHING = sorted(ROOT.rglob("*.py"))
+
+LAYERS = (
+    {"types"},
+    {"linalg"},
+    {"curvature", "lanczos", "spectrum", "layout"},
+    {"subspace", "rate", "config"},
+    {"state"},
+    {"refresh", "metrics"},
+    {"step"},
+    {"transform"},
+    {"alias"},
+)
+"""Bottom up; a module imports from lower layers only."""
+
+RATES = {
+    "newton_learning_rate",
+    "subspace_decay",
+    "damping",
+    "max_base_scaling",
+    "rate_schedule",
+}
+PUBLIC = sorted(
+    name
+    for name, value in vars(dho2_jax).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+)
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path):
+    """Dotted names that a file imports, wherever in it: `from a import b` is `a.b`."""
+    names = []
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def core_imports(path):
+    """Bare names of the core modules that a file imports."""
+    found = [re.match(r"dho2_jax\._(\w+)", name) for name in imports(path)]
+    return {match[1] for match in found if match}
+
+
+def layer(module):
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+# --- imports -----------------------------------------------------------------------
+
+
+def test_every_core_module_has_a_layer():
+    modules = {path.stem for path in CORE} - {"__init__"}
+    assert modules == {f"_{name}" for names in LAYERS for name in names}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.stem)
+def test_data_flows_one_way(path):
+    if path.stem == "__init__":
+        return
+    own = layer(path.stem.removeprefix("_"))
+    above = {name for name in core_imports(path) if layer(name) >= own}
+    assert not above, f"{path.name} imports from its own layer or above"
+
+
+def test_numerics_know_nothing_of_the_state():
+    for name in ("linalg", "lanczos", "spectrum", "curvature"):
+        assert core_imports(ROOT / f"_{name}.py") <= {"types", "linalg"}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.stem)
+def test_the_core_imports_jax_optax_and_the_standard_library_alone(path):
+    allowed = {"jax", "optax", "numpy", "dho2_jax"} | sys.stdlib_module_names
+    names = imports(path)
+    assert {name.split(".")[0] for name in names} <= allowed
+    assert not any(name.startswith("dho2_jax.app") for name in names)
+
+
+def attributes(path):
+    """Dotted names used in a file, such as `jax.config.update`."""
+    names = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: f"{p.parent.stem}-{p.stem}")
+def test_only_public_apis_and_no_global_configuration(path):
+    names = set(imports(path)) | attributes(path)
+    private = re.compile(r"(jax|optax|flax|orbax)(\.\w+)*\._\w+|jax\.core\b")
+    assert not [name for name in names if private.match(name)]
+    assert not [name for name in names if re.match(r"jax\.config\b", name)]
+    assert "enable_x64" not in path.read_text(encoding="utf-8")
+    assert not [name for name in names if name.endswith("float64")]
+
+
+def test_the_application_uses_public_names_alone():
+    for path in sorted((ROOT / "app").rglob("*.py")):
+        assert not core_imports(path), f"{path.name} reaches into the core"
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: f"{p.parent.stem}-{p.stem}")
+def test_files_are_short_and_say_what_they_are(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 350
+    if lines:
+        assert ast.get_docstring(parse(path))
+        assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
+
+
+def test_contractions_are_made_in_linalg():
+    """Everywhere else a contraction names its precision, the m x m ones included."""
+    for path in CORE:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.BinOp):
+                assert not isinstance(node.op, ast.MatMult), path.name
+            if isinstance(node, ast.Call) and re.search(
+                r"\.(matmul|tensordot|einsum|dot|vdot|dot_general)$",
+                ast.unparse(node.func),
+            ):
+                if ast.unparse(node.func).startswith("linalg."):
+                    continue
+                given = {keyword.arg for keyword in node.keywords}
+                assert "precision" in given, f"{path.name}:{node.lineno}"
+
+
+# --- documentation -----------------------------------------------------------------
+
+
+def documented_arguments(text):
+    """Names in the `Args:` section of a docstring."""
+    section = re.search(r"^Args:\n((?:  .*\n?|\n)+)", inspect.cleandoc(text), re.M)
+    return re.findall(r"^  (\w+):", section[1], re.M) if section else []
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    value = getattr(dho2_jax, name)
+    if isinstance(value, tuple):  # a constant: its sentence stands below it
+        return
+    text = inspect.getdoc(value)
+    assert text and text.splitlines()[0].endswith(".")
+    if inspect.isclass(value):
+        return
+    refers = re.search(r"as for `\w+`", text)
+    assert "Returns:" in text or refers
+    assert "Args:" in text or refers
+    own = [
+        parameter
+        for parameter, p in inspect.signature(value).parameters.items()
+        if p.kind is not p.VAR_KEYWORD
+    ]
+    if "Args:" in text and "keywords of `dho2` follow" not in " ".join(text.split()):
+        assert documented_arguments(text) == own
+
+
+def test_every_keyword_of_dho2_is_documented_with_its_choices():
+    text = inspect.getdoc(dho2_jax.dho2)
+    parameters = inspect.signature(dho2_jax.dho2).parameters
+    assert documented_arguments(text) == list(parameters)
+    for choice in ("periodic", "external", "ema", "heavy_ball", "nesterov", "fixed"):
+        assert f'"{choice}"' in text
+    for choice in ("ggn", "reverse_over_reverse", "central_difference", "abs", "base"):
+        assert f'"{choice}"' in text
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in text
+
+
+def test_static_args_are_all_but_the_rates_and_the_base():
+    parameters = list(inspect.signature(dho2_jax.dho2).parameters)
+    static = [p for p in parameters if p not in RATES | {"base_optimizer"}]
+    assert list(dho2_jax.STATIC_ARGS) == static
+    for alias in (name for name in PUBLIC if name.startswith("dho2_")):
+        own = inspect.signature(getattr(dho2_jax, alias)).parameters
+        assert set(dho2_jax.STATIC_ARGS) <= set(own)
+
+
+def test_documented_static_arguments_are_the_static_ones():
+    text = inspect.getdoc(dho2_jax.dho2)
+    section = re.search(r"^Args:\n((?:  .*\n?|\n)+)", text, re.M)[1]
+    entries = re.split(r"^  (?=\w+:)", section, flags=re.M)[1:]
+    static = [e.split(":")[0] for e in entries if e.strip().endswith("Static.")]
+    assert tuple(static) == dho2_jax.STATIC_ARGS
+
+
+@pytest.mark.parametrize("base_rate", ["curvature", "fixed"])
+def test_documented_metrics_are_the_returned_ones(base_rate):
+    tx = dho2_jax.dho2(optax.sgd(0.1), num_largest=1, base_rate=base_rate)
+    found = dho2_jax.metrics(tx.init({"a": jnp.ones(2)}))
+    text = inspect.getdoc(dho2_jax.metrics)
+    entries = re.findall(r"^\s*- ((?:\"\w+\"(?:, )?)+):", text, re.M)
+    documented = [key for entry in entries for key in re.findall(r"\w+", entry)]
+    assert documented == list(found)
+    assert all(isinstance(x, jax.Array) and x.shape == () for x in found.values())

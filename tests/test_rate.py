@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base rate set by curvature, against a NumPy re-statement and on real losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dho2_jax
+from dho2_jax import _rate
+
+
+class PlainRule:
+    """The rule in float64 and plain Python, from its equations."""
+
+    def __init__(self):
+        self.s, self.steps, self.probed = 1.0, 0, 0
+        self.total, self.count = 0.0, 0
+        self.mean = self.deviation = 0.0
+        self.descent = self.bend = self.before_cut = 0.0
+        self.cuts = 0
+
+    def observe(self, slope):
+        settled = self.steps > 10
+        limit = self.mean + 8 * self.deviation
+        steep = 2 * self.s * self.bend
+        alarm = self.bend > 0 and not slope <= steep
+        if settled:
+            alarm = not slope <= limit
+        if alarm:
+            self.before_cut = max(self.before_cut, self.s)
+            self.s *= 0.5
+            self.total, self.count, self.descent, self.bend = 0.0, 0, 0.0, 0.0
+            self.cuts += 1
+            kept = min(slope, limit) if settled else slope
+            kept = kept if np.isfinite(kept) and np.isfinite(slope) else self.mean
+        else:
+            kept = max(slope, self.mean - 8 * self.deviation) if settled else slope
+            self.total += kept
+            self.count += 1
+        if self.steps <= 1:
+            self.mean, self.deviation = kept, abs(kept)
+            return
+        memory = min(0.98, 1 - 1 / self.steps)
+        self.mean = memory * self.mean + (1 - memory) * kept
+        self.deviation = memory * self.deviation + (1 - memory) * abs(kept - self.mean)
+
+    def adjust(self, bend, schedule, largest):
+        if self.count:
+            taken = schedule * self.s
+            a = -self.total / self.count + taken * bend
+            self.descent = 0.8 * self.descent + 0.2 * a
+            self.bend = 0.8 * self.bend + 0.2 * bend
+            best = self.descent / self.bend
+            elapsed = self.steps - self.probed
+            if best > self.s:
+                fast = (
+                    self.steps < 40
+                    or self.s < 0.5 * self.before_cut
+                    or self.s < best / 16
+                )
+                growth = 2.0 if fast else min(2.0, 1.25 ** (elapsed / 10))
+                self.s = min(best, growth * self.s)
+            elif best < taken:
+                slow = np.sqrt(1 - elapsed / (self.steps + elapsed))
+                self.s *= max(best / taken, slow if taken < 3 * best else 0.5)
+        self.s = min(max(self.s, 1e-12), largest)
+        self.total, self.count, self.probed = 0.0, 0, self.steps
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rule_equals_its_plain_statement(seed):
+    rng = np.random.default_rng(seed)
+    plain, rate = PlainRule(), _rate.start(jnp.zeros(()))
+    observe, adjust = jax.jit(_rate.observe), jax.jit(_rate.adjust)
+    for step in range(1, 160):
+        plain.steps = step
+        rate = rate._replace(steps=jnp.int32(step))
+        # Slopes scatter around -1 and now and then stand far out, or are not finite.
+        slope = rng.normal(-1.0, 0.5)
+        if rng.random() < 0.06:
+            slope = rng.choice([1e3, np.inf, np.nan, -1e3])
+        plain.observe(slope)
+        rate = observe(rate, jnp.float32(slope))
+        due = step % (2 if step < 40 else 10) == 0
+        assert bool(_rate.is_due(rate)) == due
+        if due:
+            bend = rng.lognormal(np.log(2.0), 1.0)
+            schedule = 0.5 * (1 + np.cos(np.pi * step / 200))
+            plain.adjust(bend, schedule, 30.0)
+            rate = adjust(
+                rate, jnp.float32(bend), jnp.float32(schedule), jnp.float32(30.0)
+            )
+        np.testing.assert_allclose(rate.scale, plain.s, rtol=2e-3)
+    assert int(rate.cuts) == plain.cuts > 0
+
+
+def quadratic(eigenvalues, seed=0):
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))
+    a = jnp.asarray(q @ np.diag(eigenvalues) @ q.T, jnp.float32)
+    return lambda x: 0.5 * x @ jnp.matmul(a, x, precision="highest")
+
+
+def train(tx, loss, x, steps, refresh_every=None):
+    state = tx.init(x)
+
+    @jax.jit
+    def step(x, state):
+        value, grads = jax.value_and_grad(loss)(x)
+        updates, state = tx.update(grads, state, x, value_fn=loss)
+        return optax.apply_updates(x, updates), state, value
+
+    values = []
+    for _ in range(steps):
+        x, state, value = step(x, state)
+        values.append(float(value))
+    return x, state, np.array(values)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 1.0, 100.0])
+def test_any_initial_rate_ends_near_the_best(rate):
+    # The rest, after eight sharp directions are gone, has eigenvalues in [0.1, 1].
+    eigenvalues = np.concatenate([np.linspace(0.1, 1, 32), np.logspace(2, 4, 8)])
+    loss = quadratic(eigenvalues)
+    tx = dho2_jax.dho2(
+        optax.sgd(rate), num_largest=8, num_matvecs=24, base_rate="curvature"
+    )
+    _, state, values = train(tx, loss, jnp.ones(40), 150)
+    assert np.all(np.isfinite(values))
+    assert values.max() <= 1.01 * values[0]
+    assert values[-1] < 1e-3 * values[0]
+    applied = rate * float(dho2_jax.metrics(state)["base_scaling"])
+    assert 0.5 < applied < 20  # steepest descent's rates lie between 1 and 1/0.1
+
+
+def mlp_problem(seed=0):
+    keys = jax.random.split(jax.random.PRNGKey(seed), 4)
+    params = {
+        "a": jax.random.normal(keys[0], (10, 20)) / 3,
+        "b": jax.random.normal(keys[1], (20, 5)) / 4,
+    }
+    x = 2 * jax.random.normal(keys[2], (128, 10)) + 1.0
+    y = jax.random.normal(keys[3], (128, 5))
+
+    def loss(p):
+        return jnp.mean(jnp.sum((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2, -1))
+
+    return loss, params
+
+
+BASES = {
+    "sgd": optax.sgd,
+    "heavy_ball": lambda r: optax.sgd(r, momentum=0.9),
+    "adam": optax.adam,
+    "muon": optax.contrib.muon,
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_four_decades_of_initial_rates_do_not_diverge(base):
+    loss, params = mlp_problem()
+    start = float(loss(params))
+    finals = []
+    for rate in (1e-5, 1e-3, 1e-1, 1.0):
+        tx = dho2_jax.dho2(
+            BASES[base](rate), num_largest=8, refresh_period=50, base_rate="curvature"
+        )
+        _, _, values = train(tx, loss, params, 150)
+        assert np.all(np.isfinite(values))
+        finals.append(values[-1])
+    assert max(finals) < 0.85 * start
+    if base != "muon":  # unit steps settle where their own rate lets them
+        assert max(finals) < 1.25 * min(finals)
+
+
+def test_the_rule_rests_without_a_subspace():
+    loss, params = mlp_problem()
+    base = optax.adam(1e-2)
+    tx = dho2_jax.dho2(base, refresh="external", base_rate="curvature")
+    state, base_state = tx.init(params), base.init(params)
+    for _ in range(3):
+        grads = jax.grad(loss)(params)
+        updates, state = tx.update(grads, state, params, value_fn=loss)
+        expected, base_state = base.update(grads, base_state, params)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        params = optax.apply_updates(params, updates)
+    assert int(state.curvature.rate.steps) == 0
+
+
+def test_external_refresh_probes_when_update_cannot():
+    loss, params = mlp_problem()
+    tx = dho2_jax.dho2(
+        optax.sgd(1e-4), num_largest=4, refresh="external", base_rate="curvature"
+    )
+    state = tx.init(params)
+    refresh = jax.jit(lambda s, p: dho2_jax.refresh(s, p, loss))
+    update = jax.jit(lambda s, p: tx.update(jax.grad(loss)(p), s, p))
+    scales = []
+    for step in range(121):
+        if dho2_jax.should_refresh(step, 30):
+            state = refresh(state, params)
+        updates, state = update(state, params)
+        params = optax.apply_updates(params, updates)
+        scales.append(float(dho2_jax.metrics(state)["base_scaling"]))
+    assert scales[0] == scales[29] == 1.0  # no probe before the second refresh
+    assert scales[30] == 2.0
+    assert scales[120] > scales[90] > scales[60]
+
+
+def test_the_cap_holds_and_may_be_a_schedule():
+    loss, params = mlp_problem()
+
+    def run(cap):
+        tx = dho2_jax.dho2(
+            optax.sgd(1e-5), num_largest=4, base_rate="curvature", max_base_scaling=cap
+        )
+        state = train(tx, loss, params, 60)[1]
+        return float(dho2_jax.metrics(state)["base_scaling"])
+
+    assert run(5.0) == 5.0
+    assert run(lambda count: jnp.where(count < 30, 5.0, 7.0)) == 7.0
+    assert run(None) > 7.0
+
+
+def test_a_schedule_multiplies_the_rule():
+    loss, params = mlp_problem()
+    steps = 200
+
+    def run(schedule):
+        tx = dho2_jax.dho2(
+            optax.sgd(1e-2),
+            num_largest=4,
+            base_rate="curvature",
+            rate_schedule=schedule,
+        )
+        state = train(tx, loss, params, steps)[1]
+        return float(dho2_jax.metrics(state)["base_scaling"])
+
+    cosine = optax.schedules.cosine_decay_schedule(1.0, steps)
+    # The decay is neither compensated (a factor of 100 at the end) nor fed back.
+    assert 0.3 < run(cosine) / run(1.0) < 5
+
+
+def test_a_spike_is_cut_and_forgotten():
+    rate = _rate.start(jnp.zeros(()))
+    for step in range(1, 30):
+        rate = rate._replace(steps=jnp.int32(step))
+        rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
+    cut = _rate.observe(rate, jnp.float32(50.0))
+    assert float(cut.scale) == 0.5 * float(rate.scale)
+    assert int(cut.cuts) == 1
+    again = _rate.observe(cut, jnp.float32(jnp.nan))
+    assert float(again.scale) == 0.25 * float(rate.scale)
+    assert np.isfinite(float(again.slope_mean))
+    calm = _rate.observe(again, jnp.float32(-1.0))
+    assert float(calm.scale) == float(again.scale)
