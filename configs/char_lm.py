@@ -30,9 +30,9 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.base = "adam"
     config.optimizer.learning_rate = 1e-3  # a start: the curvature sets the rate
-    config.optimizer.num_largest = 10
-    config.optimizer.num_matvecs = 14
+    config.optimizer.num_largest = 8
     config.optimizer.refresh = "external"
     config.optimizer.refresh_period = 100
+    config.optimizer.early_refreshes = (20, 50)  # curvature changes fastest at first
     config.optimizer.base_rate = "curvature"
     return config

@@ -3,10 +3,12 @@
 
 import dataclasses
 import difflib
-from typing import Any
+import numbers
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dho2_jax._curvature import OPERATORS
 
@@ -22,6 +24,7 @@ STATIC_ARGS = (
     "refresh",
     "refresh_period",
     "warmup_steps",
+    "early_refreshes",
     "subspace_momentum",
     "base_rate",
     "curvature",
@@ -43,6 +46,7 @@ class Config:
     refresh: str
     refresh_period: int
     warmup_steps: int
+    early_refreshes: tuple[int, ...]
     subspace_momentum: str
     base_rate: str
     curvature: str
@@ -63,6 +67,7 @@ def make_config(
     refresh: str,
     refresh_period: int,
     warmup_steps: int,
+    early_refreshes: tuple[int, ...],
     subspace_momentum: str,
     base_rate: str,
     curvature: str,
@@ -107,6 +112,7 @@ def make_config(
         refresh=refresh,
         refresh_period=int(refresh_period),
         warmup_steps=int(warmup_steps),
+        early_refreshes=check_steps("early_refreshes", early_refreshes),
         subspace_momentum=subspace_momentum,
         base_rate=base_rate,
         curvature=curvature,
@@ -127,26 +133,40 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f"`{name}` must be >= {least}, got {value}; raise it.")
 
 
+def check_steps(name: str, value: Any) -> tuple[int, ...]:
+    """Returns `value` as a tuple of steps >= 1, or raises."""
+    if not isinstance(value, tuple | list):
+        raise ValueError(
+            f"`{name}` must be a tuple of steps, got {_shown(value)}; "
+            "pass for example (20, 50), or ()."
+        )
+    for step in value:
+        check_integer(name, step, 1)
+    return tuple(int(step) for step in value)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `choices`; names the nearest."""
     if isinstance(value, str) and value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f"did you mean '{near[0]}'?" if near else "choose one of them."
+    hint = f"the nearest is '{near[0]}'" if near else "choose one of them"
     options = ", ".join(f"'{c}'" for c in choices)
-    raise ValueError(f"`{name}` must be one of {options}, got {value!r}; {hint}")
+    raise ValueError(f"`{name}` must be one of {options}, got {_shown(value)}; {hint}.")
 
 
 def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
-    """Raises when a plain number is out of range; arrays and schedules pass."""
-    if callable(value) or isinstance(value, jax.Array):
+    """Raises when a plain number is out of range; JAX scalars and schedules pass."""
+    if callable(value) or (isinstance(value, jax.Array) and value.shape == ()):
         return
-    if isinstance(value, bool) or not jnp.isscalar(value):
+    is_number = isinstance(value, numbers.Real | np.ndarray)
+    if isinstance(value, bool) or not is_number or jnp.shape(value) != ():
         raise ValueError(
             f"`{name}` must be a number, a scalar array or a schedule, got "
-            f"{_shown(value)}."
+            f"{_shown(value)}; pass one number, or a function of the step count."
         )
-    inside = value >= low and (high is None or value < high)
+    number = float(cast(float, value))
+    inside = number >= low and (high is None or number < high)
     if not inside:
         rule = f">= {low:g}" if high is None else f"in [{low:g}, {high:g})"
         raise ValueError(
@@ -155,4 +175,7 @@ def check_number(name: str, value: Any, low: float, high: float | None = None) -
 
 
 def _shown(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    """A value and its type on one short line."""
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{text} ({type(value).__name__})"

@@ -23,7 +23,7 @@ class LanczosState(NamedTuple):
     basis: Rows  # leaves (m + 1, *shape), float32; rows beyond `index` are zero
     projected: Array  # (m + 1, m), float32: column j is what V H v_j measured
     betas: Array  # (m,), float32: the norm that was left after step j
-    index: Array  # (), int32
+    index: Array  # (), int32; -1 before the product that makes the first row
 
 
 class LanczosResult(NamedTuple):
@@ -35,8 +35,14 @@ class LanczosResult(NamedTuple):
     residual: PyTree  # r, a vector orthogonal to the basis
 
 
-def start(v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner) -> LanczosState:
-    """Returns the recursion before its first product, its first row v0 / |v0|."""
+def start(
+    v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner, *, in_range: bool = False
+) -> LanczosState:
+    """Returns the recursion before its first product.
+
+    Its first row is v0 / |v0|; or, `in_range`, what one more product makes of it, so
+    that every row lies in the range of the operator.
+    """
     v0 = jax.tree.map(lambda x: x.astype(jnp.float32), v0)
     norm = _norm(v0, inner)
     scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
@@ -50,15 +56,15 @@ def start(v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner) -> LanczosS
         basis=basis,
         projected=jnp.zeros((num_matvecs + 1, num_matvecs), jnp.float32),
         betas=jnp.zeros((num_matvecs,), jnp.float32),
-        index=jnp.zeros((), jnp.int32),
+        index=jnp.full((), -1 if in_range else 0, jnp.int32),
     )
 
 
 def current_vector(state: LanczosState) -> PyTree:
     """Returns the vector v_j whose product `step` takes next."""
+    row = jnp.maximum(state.index, 0)
     return jax.tree.map(
-        lambda b: jax.lax.dynamic_index_in_dim(b, state.index, keepdims=False),
-        state.basis,
+        lambda b: jax.lax.dynamic_index_in_dim(b, row, keepdims=False), state.basis
     )
 
 
@@ -74,9 +80,11 @@ def step(
     """
     basis, projected, betas, j = state
     before = _norm(product, inner)
-    first = inner(basis, product)
+    # At j = -1 row 0 holds the vector that the first row is made from: no part of the
+    # basis. Column -1 is the last one, which the last step overwrites.
+    first = jnp.where(j < 0, 0.0, inner(basis, product))
     left = linalg.add_scaled(product, -1.0, linalg.combine(first, basis))
-    second = inner(basis, left)
+    second = jnp.where(j < 0, 0.0, inner(basis, left))
     left = linalg.add_scaled(left, -1.0, linalg.combine(second, basis))
     column = first + second
     beta = _norm(left, inner)
@@ -94,19 +102,30 @@ def step(
         left,
     )
     projected = jax.lax.dynamic_update_index_in_dim(projected, column, j, 1)
-    projected = projected.at[j + 1, j].set(beta)
-    return LanczosState(basis, projected, betas.at[j].set(beta), j + 1)
+    coupling = jnp.where(j < 0, 0.0, beta)
+    projected = projected.at[j + 1, j].set(coupling)
+    return LanczosState(basis, projected, betas.at[j].set(coupling), j + 1)
 
 
 def run(
-    matvec: MatVec, v0: PyTree, num_matvecs: int, inner: Inner = linalg.inner
+    matvec: MatVec,
+    v0: PyTree,
+    num_matvecs: int,
+    inner: Inner = linalg.inner,
+    *,
+    in_range: bool = False,
 ) -> LanczosState:
-    """Returns the finished recursion: `num_matvecs` products in one loop."""
+    """Returns the finished recursion, its products in one loop.
+
+    `num_matvecs` of them, and one more when it has to start in the operator's range; as
+    part of the same loop, since a second copy of the product would be compiled twice.
+    """
 
     def body(_, state):
         return step(state, matvec(current_vector(state)), inner)
 
-    return jax.lax.fori_loop(0, num_matvecs, body, start(v0, num_matvecs, inner))
+    state = start(v0, num_matvecs, inner, in_range=in_range)
+    return jax.lax.fori_loop(0, num_matvecs + in_range, body, state)
 
 
 def tridiagonal(state: LanczosState) -> tuple[Array, Array]:
@@ -158,9 +177,10 @@ def lanczos_tridiag(
     Numerics: float32, full reorthogonalisation in two passes of classical Gram-Schmidt.
     Deviates from FOSI: it reorthogonalises in float64.
     """
-    if num_matvecs < 1:
+    is_integer = hasattr(num_matvecs, "__index__")
+    if not is_integer or isinstance(num_matvecs, bool) or num_matvecs < 1:
         raise ValueError(
-            f"`num_matvecs` must be >= 1, got {num_matvecs}; "
+            f"`num_matvecs` must be a static integer >= 1, got {num_matvecs}; "
             "each step of Lanczos takes one product."
         )
     leaves = jax.tree.leaves(v0)
@@ -184,7 +204,7 @@ def lanczos_tridiag(
     ):
         raise ValueError(
             "`matvec` must return a pytree with the structure and shapes of `v0`, got "
-            f"{jax.tree.map(lambda x: x.shape, out)}."
+            f"{jax.tree.map(lambda x: x.shape, out)}; it must be a square linear map."
         )
     state = run(matvec, v0, num_matvecs, inner)
     alphas, betas = tridiagonal(state)

@@ -72,14 +72,14 @@ def check_shapes(leaves: list, layout: Layout, name: str) -> None:
         return
     if len(shapes) != len(layout.shapes):
         raise ValueError(
-            f"`{name}` must have the {len(layout.shapes)} arrays that init saw, got "
+            f"{name} must have the {len(layout.shapes)} arrays that init saw, got "
             f"{len(shapes)}; pass the same pytree everywhere."
         )
     i = next(
         i for i, (a, b) in enumerate(zip(shapes, layout.shapes, strict=True)) if a != b
     )
     raise ValueError(
-        f"`{name}` must have the shapes that init saw, got {shapes[i]} for "
+        f"{name} must have the shapes that init saw, got {shapes[i]} for "
         f"{layout.shapes[i]} at leaf {i}; pass the same pytree everywhere."
     )
 
@@ -89,7 +89,7 @@ def has_holes(tree: PyTree) -> bool:
     return any(map(_is_hole, jax.tree.leaves(tree, is_leaf=_is_hole)))
 
 
-def restrict(params: PyTree, layout: Layout):
+def restrict(params: PyTree, layout: Layout, name: str = "`params`"):
     """Finds the leaves of `layout` in `params`, which may hold others besides.
 
     Inside `optax.masked` and `optax.partition` the state is made from a tree in which
@@ -102,7 +102,7 @@ def restrict(params: PyTree, layout: Layout):
     leaves, treedef = jax.tree.flatten(params)
     template = jax.tree.unflatten(layout.treedef, range(len(layout.shapes)))
     if not has_holes(template) or len(leaves) == len(layout.shapes):
-        check_shapes(leaves, layout, "params")
+        check_shapes(leaves, layout, name)
         return leaves, lambda part: jax.tree.unflatten(treedef, part)
 
     slots, prefix = jax.tree.flatten(template, is_leaf=_is_hole)
@@ -110,11 +110,11 @@ def restrict(params: PyTree, layout: Layout):
         subtrees = prefix.flatten_up_to(params)
     except ValueError as error:
         raise ValueError(
-            "`params` must have the structure that init saw, apart from what a mask "
+            f"{name} must have the structure that init saw, apart from what a mask "
             f"leaves out, got {treedef}; pass the whole parameter tree."
         ) from error
     part = [s for slot, s in zip(slots, subtrees, strict=True) if not _is_hole(slot)]
-    check_shapes(part, layout, "params")
+    check_shapes(part, layout, name)
 
     def merge(new):
         new = iter(new)

@@ -70,6 +70,11 @@ def gram(a: Rows, b: Rows) -> Array:
     return _total(terms, (num_rows(a), num_rows(b)))
 
 
+def matmul(matrix: Array, vector: Array) -> Array:
+    """Returns a small matrix times a small vector, float32."""
+    return _contract(matrix, vector, 1)
+
+
 def add_scaled(x: PyTree, scale: Array | float, y: PyTree) -> PyTree:
     """Returns `x + scale * y` in float32."""
     return jax.tree.map(

@@ -14,7 +14,13 @@ The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(st
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
 would send s to zero. The guard halves s at once when a slope is eight mean deviations
 above its mean, which is how a sharp direction that leaked out of the subspace first
-shows. All quantities are relative to the base's own update, so any base serves.
+shows; and in the first steps, when such means mislead, at a slope that the curvature
+seen so far cannot explain.
+
+A reading counts by the squared length of its d, but an old one never by more than the
+memory of the average allows: neither do old readings outweigh new ones when gradients
+shrink by orders of magnitude, nor is a direction that grows averaged away. All
+quantities are relative to the base's own update, so any base serves.
 """
 
 from typing import Any, NamedTuple
@@ -26,11 +32,12 @@ from dho2_jax._types import Array
 EARLY_STEPS = 40
 EARLY_PERIOD = 2
 PROBE_PERIOD = 10
-_FIRST = 0.3  # share of s* taken on the first step, from one batch
+_FIRST = 0.1  # share of s* taken on the first step, from one batch
 _AVERAGE = 0.8  # memory of the averages of a and h
 _MEMORY = 0.98  # memory of the guard's statistics
 _DEVIATIONS = 8.0
 _SETTLED = 10  # slopes seen before the guard may act
+_FAR = 16.0  # s* / s beyond which s grows fast at any time
 _SMALLEST = 1e-12
 
 
@@ -42,11 +49,13 @@ class RateState(NamedTuple):
     steps: Array  # int32: steps taken under the rule
     probed: Array  # int32: value of `steps` at the last probe
     slope_sum: Array  # sum of c since the last probe
-    slope_count: Array  # how many
+    length_sum: Array  # sum of |d|^2 since then
+    slope_count: Array  # of how many steps
     slope_mean: Array  # the guard's running mean of c
     slope_deviation: Array  # and mean deviation
-    descent: Array  # average of -a
-    bend: Array  # average of h
+    descent: Array  # average of -a / |d|^2
+    bend: Array  # average of h / |d|^2
+    weight: Array  # of these averages, in units of |d|^2
     before_cut: Array  # s before the guard's last cut
     cuts: Array  # int32: how often the guard acted
 
@@ -66,18 +75,20 @@ def start(direction: Any) -> RateState:
         steps=none(),
         probed=none(),
         slope_sum=zero(),
+        length_sum=zero(),
         slope_count=zero(),
         slope_mean=zero(),
         slope_deviation=zero(),
         descent=zero(),
         bend=zero(),
+        weight=zero(),
         before_cut=zero(),
         cuts=none(),
     )
 
 
-def observe(rate: RateState, slope: Array) -> RateState:
-    """Takes in c = g . d of the last step; halves s when it stands out.
+def observe(rate: RateState, slope: Array, length: Array) -> RateState:
+    """Takes in c = g . d and |d|^2 of the last step; halves s when c stands out.
 
     A slope that is not finite stands out too.
     """
@@ -85,7 +96,9 @@ def observe(rate: RateState, slope: Array) -> RateState:
     first = seen <= 1
     memory = jnp.minimum(_MEMORY, 1 - 1 / jnp.maximum(seen, 1).astype(jnp.float32))
     limit = rate.slope_mean + _DEVIATIONS * rate.slope_deviation
-    alarm = (seen > _SETTLED) & ~(slope <= limit)
+    # With curvature h the slope after a step of scale s is below s h, however long.
+    steep = (rate.bend > 0) & ~(slope <= rate.scale * rate.bend * length)
+    alarm = (seen > _SETTLED) & ~(slope <= limit) | (seen < EARLY_STEPS) & steep
 
     # Winsorised: what stands out moves the statistics no further than the limit.
     low = rate.slope_mean - _DEVIATIONS * rate.slope_deviation
@@ -100,12 +113,14 @@ def observe(rate: RateState, slope: Array) -> RateState:
     cut = jnp.where(alarm, 0.0, 1.0)
     return rate._replace(
         scale=jnp.where(alarm, 0.5 * rate.scale, rate.scale),
-        slope_sum=cut * (rate.slope_sum + jnp.where(alarm, 0.0, kept)),
+        slope_sum=cut * (rate.slope_sum + kept),
+        length_sum=cut * (rate.length_sum + length),
         slope_count=cut * (rate.slope_count + 1),
         slope_mean=mean,
         slope_deviation=deviation,
         descent=cut * rate.descent,
         bend=cut * rate.bend,
+        weight=cut * rate.weight,
         before_cut=jnp.where(
             alarm, jnp.maximum(rate.scale, rate.before_cut), rate.before_cut
         ),
@@ -129,24 +144,30 @@ def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:
     return rate._replace(scale=jnp.maximum(scale, _SMALLEST))
 
 
-def adjust(rate: RateState, bend: Array, schedule: Array, largest: Array) -> RateState:
-    """Moves s towards s* = -a / h after a probe of h = `bend`.
+def adjust(
+    rate: RateState, bend: Array, length: Array, schedule: Array, largest: Array
+) -> RateState:
+    """Moves s towards s* = -a / h after a probe of `bend` = h / |d|^2.
 
     Growth compares s, shrinking compares s times the schedule, so that a decay
     multiplies the rule without being fought by it.
     """
     taken = schedule * rate.scale
-    count = jnp.maximum(rate.slope_count, 1.0)
-    descent = _AVERAGE * rate.descent + (1 - _AVERAGE) * (
-        -rate.slope_sum / count + taken * bend
-    )
-    bends = _AVERAGE * rate.bend + (1 - _AVERAGE) * bend
+    slope = rate.slope_sum / jnp.where(rate.length_sum > 0, rate.length_sum, 1.0)
+    past = jnp.minimum(_AVERAGE * rate.weight, _AVERAGE / (1 - _AVERAGE) * length)
+    share = past / jnp.where(past + length > 0, past + length, 1.0)
+    descent = share * rate.descent + (1 - share) * (taken * bend - slope)
+    bends = share * rate.bend + (1 - share) * bend
     best = descent / jnp.where(bends > 0, bends, 1.0)
     best = jnp.where(bends > 0, best, jnp.where(descent > 0, jnp.inf, rate.scale))
 
     elapsed = (rate.steps - rate.probed).astype(jnp.float32)
     steps = rate.steps.astype(jnp.float32)
-    fast = (rate.steps < EARLY_STEPS) | (rate.scale < 0.5 * rate.before_cut)
+    fast = (
+        (rate.steps < EARLY_STEPS)
+        | (rate.scale < 0.5 * rate.before_cut)
+        | (rate.scale < best / _FAR)
+    )
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
     grown = jnp.minimum(best, growth * rate.scale)
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
@@ -161,7 +182,9 @@ def adjust(rate: RateState, bend: Array, schedule: Array, largest: Array) -> Rat
         scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),
         descent=jnp.where(usable, descent, rate.descent),
         bend=jnp.where(usable, bends, rate.bend),
+        weight=jnp.where(usable, past + length, rate.weight),
         slope_sum=jnp.zeros_like(rate.slope_sum),
+        length_sum=jnp.zeros_like(rate.length_sum),
         slope_count=jnp.zeros_like(rate.slope_count),
         probed=rate.steps,
     )

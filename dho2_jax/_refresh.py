@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dho2_jax import _curvature as curvature
 from dho2_jax import _lanczos as lanczos
@@ -14,21 +15,26 @@ from dho2_jax import _linalg as linalg
 from dho2_jax import _rate
 from dho2_jax import _spectrum as spectrum
 from dho2_jax import _subspace as subspaces
-from dho2_jax._config import Config, check_integer
+from dho2_jax._config import Config, check_integer, check_steps
 from dho2_jax._state import CurvatureState, is_active, replace
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
 
-_DEFECT = 1e-2  # the largest recurrence defect that a refresh may have
+_DEFECT = 1e-2  # the largest recurrence defect of a refresh in float32
 
 
 class Products(NamedTuple):
     """The curvature at one point, as functions of the stored vectors' leaves."""
 
     matvec: Callable[[], MatVec]  # built where it is used: it may hold intermediates
-    along: Callable[[PyTree], Array]  # d -> d . H d
+    bend: Callable[[PyTree], tuple[Array, Array]]  # d -> |d . H d| / |d|^2, |d|^2
 
 
-def should_refresh(step: int, refresh_period: int = 200, warmup_steps: int = 0) -> bool:
+def should_refresh(
+    step: int,
+    refresh_period: int = 200,
+    warmup_steps: int = 0,
+    early_refreshes: tuple[int, ...] = (),
+) -> bool:
     """Tells on the host whether to refresh before a step.
 
     A pure function of numbers that every process knows; no device is read.
@@ -37,9 +43,10 @@ def should_refresh(step: int, refresh_period: int = 200, warmup_steps: int = 0) 
       step: Updates done so far, a Python int.
       refresh_period: T, steps between refreshes.
       warmup_steps: Steps before the first refresh.
+      early_refreshes: More steps to refresh at, counted from the first refresh.
 
     Returns:
-      True at `warmup_steps`, `warmup_steps + T`, ...
+      True at `warmup_steps`, `warmup_steps + T`, ..., and at the early ones.
 
     Raises:
       ValueError: If an argument is not an integer in its range.
@@ -47,7 +54,9 @@ def should_refresh(step: int, refresh_period: int = 200, warmup_steps: int = 0) 
     check_integer("step", step, 0)
     check_integer("refresh_period", refresh_period, 1)
     check_integer("warmup_steps", warmup_steps, 0)
-    return step >= warmup_steps and (step - warmup_steps) % refresh_period == 0
+    since = step - warmup_steps
+    early = check_steps("early_refreshes", early_refreshes)
+    return since >= 0 and (since % refresh_period == 0 or since in early)
 
 
 def refresh(
@@ -84,7 +93,6 @@ def refresh(
     """
 
     def change(ours: CurvatureState) -> CurvatureState:
-        curvature.check_params(params, "refresh")
         check_one_source(value_fn, matvec_fn, "refresh")
         part, products = products_at(
             ours.config, layout_of_state(ours), params, value_fn, matvec_fn
@@ -115,14 +123,15 @@ def products_at(
     """Returns the parameters' leaves that belong to the state, and their products."""
     leaves, merge = layouts.restrict(params, layout)
     part = tuple(leaves)
+    curvature.check_params(part, "a curvature product")
     if matvec_fn is not None:
         return part, _own_products(matvec_fn, params, part, layout)
 
     of_part = _of_part(value_fn, merge)
     return part, Products(
         matvec=lambda: curvature.build_matvec(config.curvature, of_part, part),
-        along=lambda d: curvature.directional_curvature(
-            config.curvature, of_part, part, d
+        bend=lambda d: _per_length(
+            curvature.directional_curvature(config.curvature, of_part, part, d), d
         ),
     )
 
@@ -134,7 +143,7 @@ def products_in_update(
     value_fn: ValueFn | None,
     matvec_fn: Callable[[Params], MatVec] | None,
 ) -> Products | None:
-    """Returns the products that `update` was given the means for; or none, or raises."""
+    """Returns the products that `update` was given the means for, if any, or raises."""
     if config.refresh == "external" and value_fn is None and matvec_fn is None:
         return None
     check_one_source(value_fn, matvec_fn, f"update with refresh='{config.refresh}'")
@@ -154,7 +163,10 @@ def maybe_refresh(
     """Refreshes when the period is full; by the step count alone, on every device."""
     config = state.config
     since = state.count - config.warmup_steps
-    due = (since >= 0) & (since % config.refresh_period == 0) & state.enabled
+    due = (since >= 0) & (since % config.refresh_period == 0)
+    for early in config.early_refreshes:
+        due |= since == early
+    due &= state.enabled
     part = tuple(jax.tree.leaves(params))
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
@@ -170,15 +182,27 @@ def refreshed(
     new, defect, scale = compute_subspace(
         config, part, products.matvec(), attempt, old.eigenvectors.layout
     )
-    accept = subspaces.is_acceptable(new, scale) & (defect <= _DEFECT)
+    # Products in bfloat16 are symmetric only to their own rounding.
+    rounding = max(float(jnp.finfo(x.dtype).eps) for x in part)
+    accept = subspaces.is_acceptable(new, scale) & (
+        defect <= max(_DEFECT, 4 * rounding)
+    )
+    change = subspaces.change_of_basis(old, new)
+    moved = linalg.matmul(change, state.momentum)
+    rate = state.rate
+    if rate is not None:
+        rate = _off_subspace(rate, old, is_active(state))
+        accept &= jnp.isfinite(linalg.norm(rate.direction.leaves))
+    # What reads the old rows decides over `accept`, so that it comes before the choice:
+    # XLA can then make the choice in place, and an untaken refresh copies nothing.
+    accept &= jnp.all(jnp.isfinite(change))
 
     def choose(a, b):
         return jax.tree.map(lambda x, y: jnp.where(accept, x, y), a, b)
 
-    moved = subspaces.move_momentum(state.momentum, old, new)
-    rate = state.rate
     if rate is not None:
-        rate = _carry_rate(state, choose(new, old), products)
+        rate = choose(rate, state.rate)
+        rate = _probe_if_unprobed(state._replace(rate=rate), choose(new, old), products)
     return state._replace(
         subspace=choose(new, old),
         momentum=choose(moved, state.momentum),
@@ -201,12 +225,15 @@ def compute_subspace(
 ) -> tuple[subspaces.Subspace, Array, Array]:
     """Returns a new subspace, its recurrence defect and the operator's scale."""
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
+    # One draw for all leaves: each one more would compile its own generator.
+    flat = jax.random.normal(key, (layout.size,), jnp.float32)
+    ends = np.cumsum([x.size for x in part])[:-1]
     noise = tuple(
-        jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32)
-        for i, x in enumerate(part)
+        piece.reshape(x.shape)
+        for piece, x in zip(jnp.split(flat, ends), part, strict=True)
     )
     num_matvecs = min(config.num_matvecs, layout.size)
-    run = lanczos.run(matvec, matvec(noise), num_matvecs)
+    run = lanczos.run(matvec, noise, num_matvecs, in_range=True)
     alphas, betas = lanczos.tridiagonal(run)
     pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
     weights = jnp.pad(pairs.weights, ((0, 0), (0, 1)))
@@ -236,24 +263,32 @@ def check_one_source(value_fn, matvec_fn, where: str) -> None:
         )
 
 
-def _carry_rate(
+def _off_subspace(
+    rate: _rate.RateState, old: subspaces.Subspace, active: Array
+) -> _rate.RateState:
+    """Takes the last direction off the subspace that its step was orthogonal to."""
+    direction = subspaces.project_out(
+        rate.direction.leaves, old.eigenvectors.leaves, active
+    )
+    return rate._replace(direction=layouts.Packed(direction, rate.direction.layout))
+
+
+def _probe_if_unprobed(
     state: CurvatureState, subspace: subspaces.Subspace, products: Products
 ) -> _rate.RateState:
-    """Takes the last direction off the old subspace and probes if `update` did not."""
+    """Probes the rate here when `update` had no loss to do it with."""
     rate = state.rate
     assert rate is not None
-    old_rows = state.subspace.eigenvectors.leaves
-    layout = state.subspace.eigenvectors.layout
-    direction = subspaces.project_out(rate.direction.leaves, old_rows, is_active(state))
-    rate = rate._replace(direction=layouts.Packed(direction, layout))
     unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
 
-    def probe(rate):
-        active = is_active(state._replace(subspace=subspace))
-        along = subspaces.project_out(direction, subspace.eigenvectors.leaves, active)
-        bend = jnp.abs(products.along(along))
+    def probe(rate: _rate.RateState) -> _rate.RateState:
+        along = subspaces.project_out(
+            rate.direction.leaves,
+            subspace.eigenvectors.leaves,
+            is_active(state._replace(subspace=subspace)),
+        )
         one, unlimited = jnp.ones(()), jnp.full((), jnp.inf)
-        return _rate.adjust(rate, bend, one, unlimited)
+        return _rate.adjust(rate, *products.bend(along), one, unlimited)
 
     return jax.lax.cond(unprobed, probe, lambda r: r, rate)
 
@@ -286,6 +321,12 @@ def _check_takes_holes(value_fn: Any, params: Params) -> None:
 
 
 def _own_products(matvec_fn, params, part, layout) -> Products:
+    if not callable(matvec_fn):
+        raise ValueError(
+            "`matvec_fn` must be a function of the parameters, got "
+            f"{type(matvec_fn).__name__}; pass lambda params: matvec."
+        )
+
     def build():
         matvec = matvec_fn(params)
         if not callable(matvec):
@@ -297,9 +338,17 @@ def _own_products(matvec_fn, params, part, layout) -> Products:
         def on_part(v):
             _, merge = layouts.restrict(jax.tree.map(jnp.zeros_like, params), layout)
             out = matvec(merge(linalg.cast_like(tuple(v), part)))
-            leaves, _ = layouts.restrict(out, layout)
+            leaves, _ = layouts.restrict(out, layout, "the result of `matvec_fn`")
             return tuple(x.astype(jnp.float32) for x in leaves)
 
         return on_part
 
-    return Products(matvec=build, along=lambda d: linalg.vdot(d, build()(tuple(d))))
+    return Products(
+        matvec=build,
+        bend=lambda d: _per_length(linalg.vdot(d, build()(tuple(d))), d),
+    )
+
+
+def _per_length(value: Array, vector: PyTree) -> tuple[Array, Array]:
+    length = linalg.vdot(vector, vector)
+    return jnp.abs(value) / jnp.where(length > 0, length, 1.0), length

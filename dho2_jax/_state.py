@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dho2_jax import _layout as layouts
@@ -126,8 +127,16 @@ def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
       The state with nothing else changed.
 
     Raises:
-      ValueError: If `state` holds no DHO² state, or several.
+      ValueError: If `state` holds no DHO² state, or several, or `enabled` is no bool.
     """
+    is_array = isinstance(enabled, bool | np.bool_ | np.ndarray | jax.Array)
+    is_bool = is_array and jnp.issubdtype(jnp.result_type(enabled), jnp.bool_)
+    if not is_bool or jnp.shape(enabled) != ():
+        raise ValueError(
+            "`enabled` must be a bool or a boolean scalar array, got "
+            f"{type(enabled).__name__} of shape {np.shape(enabled)}; pass True or "
+            "False."
+        )
     return replace(
         state,
         lambda s: s._replace(enabled=jnp.asarray(enabled, bool)),

@@ -36,6 +36,7 @@ from dho2_jax._types import Array
 Leaves = tuple[Array, ...]
 
 _FLOOR = 0.01  # least |lambda| over the largest, under a curvature-set rate
+_VANISHED = 1e-6  # share of the subspace's gradient below which the complement is zero
 
 
 class Rates(NamedTuple):
@@ -101,7 +102,7 @@ def join(
     inverse = subspaces.newton_scale(space.eigenvalues, active, rates.damping, floor)
     newton = rates.newton * momentum * inverse
     if rate is not None:
-        newton *= _shortening(newton, steps, overlap, scale)
+        newton *= _shortening(newton, momentum, parts.complement, steps, scale)
 
     inside = linalg.combine(scale * overlap + newton, rows)
     updates = tuple(
@@ -122,22 +123,26 @@ def _set_rate(
     rate = state.rate
     assert rate is not None
     use, started = jnp.any(parts.active), rate.steps > 0
-    slope = linalg.vdot(parts.complement, rate.direction.leaves)
-    rate = _pick(use & started, _rate.observe(rate, slope), rate)
+    last = rate.direction.leaves
+    slope = linalg.vdot(parts.complement, last)
+    seen = _rate.observe(rate, slope, linalg.vdot(last, last))
+    rate = _pick(use & started, seen, rate)
 
     if products is not None:
         slope_ahead = linalg.vdot(parts.complement, steps)
 
         def probe(rate: _rate.RateState) -> _rate.RateState:
             # The previous direction has not seen this batch; the first has no other.
-            along = subspaces.project_out(
-                _pick(started, rate.direction.leaves, steps),
-                state.subspace.eigenvectors.leaves,
-                parts.active,
+            bend, length = products.bend(
+                subspaces.project_out(
+                    _pick(started, last, steps),
+                    state.subspace.eigenvectors.leaves,
+                    parts.active,
+                )
             )
-            bend = jnp.abs(products.along(along))
-            adjusted = _rate.adjust(rate, bend, rates.schedule, rates.cap)
-            return _pick(started, adjusted, _rate.first_scale(rate, slope_ahead, bend))
+            first = _rate.first_scale(rate, slope_ahead, bend * length)
+            later = _rate.adjust(rate, bend, length, rates.schedule, rates.cap)
+            return _pick(started, later, first)
 
         due = use & (_rate.is_due(rate) | ~started)
         rate = jax.lax.cond(due, probe, lambda r: r, rate)
@@ -162,12 +167,26 @@ def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:
     return beta * momentum + (1 - beta) * inside
 
 
-def _shortening(newton: Array, steps: Leaves, overlap: Array, scale: Array) -> Array:
-    """Returns the factor that makes the Newton part no longer than the base part."""
-    outside = linalg.vdot(steps, steps) - jnp.sum(overlap**2)
-    length = scale * jnp.sqrt(jnp.maximum(outside, 0.0))
-    own = jnp.sqrt(jnp.sum(newton**2))
-    return jnp.minimum(1.0, length / jnp.where(own > 0, own, 1.0))
+def _shortening(
+    newton: Array, momentum: Array, complement: Leaves, steps: Leaves, scale: Array
+) -> Array:
+    """Returns the factor that keeps the Newton part within the base's own reach.
+
+    The base turns a gradient of norm |g2| into a step of norm s |d|. The Newton part
+    may be as long as that, or as long as the base would make it of u in place of g2,
+    whichever is longer; the second lets the subspace go on when the complement has
+    converged first.
+    """
+    slope, reach = linalg.norm(complement), scale * linalg.norm(steps)
+    size, own = _norm(momentum), _norm(newton)
+    bounded = slope > _VANISHED * size
+    reach *= jnp.maximum(1.0, size / jnp.where(bounded, slope, 1.0))
+    factor = jnp.minimum(1.0, reach / jnp.where(own > 0, own, 1.0))
+    return jnp.where(bounded, factor, 1.0)
+
+
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(x**2))
 
 
 def _pick(condition: Array, a: Any, b: Any) -> Any:

@@ -3,7 +3,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from dho2_jax import _linalg as linalg
@@ -53,11 +52,10 @@ def project_out(vector: PyTree, rows: Rows, active: Array) -> PyTree:
     return remove(vector, coefficients(rows, vector, active), rows)
 
 
-def move_momentum(momentum: Array, old: Subspace, new: Subspace) -> Array:
-    """Returns V_new V_old^T u: the momentum after the subspace has changed."""
+def change_of_basis(old: Subspace, new: Subspace) -> Array:
+    """Returns V_new V_old^T, which takes coefficients along: `(k + l, k + l)`."""
     change = linalg.gram(new.eigenvectors, old.eigenvectors)
-    change = jnp.where(new.valid[:, None] & old.valid[None, :], change, 0.0)
-    return jnp.matmul(change, momentum, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(new.valid[:, None] & old.valid[None, :], change, 0.0)
 
 
 def is_acceptable(new: Subspace, scale: Array) -> Array:

@@ -27,6 +27,7 @@ def dho2(
     refresh: str = "periodic",
     refresh_period: int = 200,
     warmup_steps: int = 0,
+    early_refreshes: tuple[int, ...] = (),
     newton_learning_rate: ScalarOrSchedule = 1.0,
     subspace_decay: ScalarOrSchedule = 0.9,
     subspace_momentum: str = "ema",
@@ -59,6 +60,8 @@ def dho2(
         only by `dho2_jax.refresh`. Static.
       refresh_period: T, in updates. Static.
       warmup_steps: Updates before the first periodic refresh. Static.
+      early_refreshes: More updates to refresh at, counted from the first refresh, such
+        as (20, 50): curvature changes fastest at the start of training. Static.
       newton_learning_rate: alpha; 0 removes the subspace without a Newton step.
       subspace_decay: beta, in [0, 1).
       subspace_momentum: "ema": u <- beta u + (1 - beta) c0. "heavy_ball": u <- beta u +
@@ -108,6 +111,7 @@ def dho2(
         refresh=refresh,
         refresh_period=refresh_period,
         warmup_steps=warmup_steps,
+        early_refreshes=early_refreshes,
         subspace_momentum=subspace_momentum,
         base_rate=base_rate,
         curvature=curvature,
@@ -155,7 +159,8 @@ def dho2(
             return updates, DHO2State(base_state, ours)
 
         layout = refreshing.layout_of_state(ours)
-        layouts.check_shapes(grads, layout, "updates")
+        layouts.check_shapes(grads, layout, "`updates`")
+        check_params(updates, "update", "updates")
         products = refreshing.products_in_update(
             config, layout, params, value_fn, matvec_fn
         )

@@ -5,6 +5,7 @@ The only file of the application that builds optimizers. Imports the core, `conf
 `errors`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,8 +38,7 @@ class Optimizer(NamedTuple):
     transform: optax.GradientTransformationExtraArgs
     hybrid: bool = False  # takes a value_fn and has dho2 metrics
     gauss_newton: bool = False  # that value_fn is a pair of functions
-    refresh_period: int = 0  # > 0: the loop calls refresh, every so many steps
-    warmup_steps: int = 0
+    refresh_at: Callable[[int], bool] | None = None  # steps at which the loop refreshes
 
 
 BASES: dict[str, tuple[str, Callable[..., optax.GradientTransformation]]] = {
@@ -166,6 +166,12 @@ def build_dho2(config: Config) -> Optimizer:
         transform,
         hybrid=True,
         gauss_newton=fields.curvature == "ggn",
-        refresh_period=fields.refresh_period if external else 0,
-        warmup_steps=fields.warmup_steps,
+        refresh_at=functools.partial(
+            dho2_jax.should_refresh,
+            refresh_period=fields.refresh_period,
+            warmup_steps=fields.warmup_steps,
+            early_refreshes=tuple(fields.early_refreshes),
+        )
+        if external
+        else None,
     )

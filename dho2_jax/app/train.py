@@ -99,7 +99,7 @@ def compile_programs(
         jax.jit(task.loss_fn).lower(params, task.dataset.validation).compile(),
         (
             jax.jit(refresh, donate_argnums=0).lower(state, params, batch).compile()
-            if optimizer.refresh_period
+            if optimizer.refresh_at is not None
             else None
         ),
         jax.jit(observe).lower(state).compile() if optimizer.hybrid else None,
@@ -169,11 +169,7 @@ def train(
         start, logged = time.perf_counter(), 0
         for done in range(1, steps + 1):
             batch = task.dataset.train_batch(seed, done - 1)
-            if programs.refresh is not None and dho2_jax.should_refresh(
-                done - 1,
-                refresh_period=optimizer.refresh_period,
-                warmup_steps=optimizer.warmup_steps,
-            ):
+            if programs.refresh is not None and optimizer.refresh_at(done - 1):
                 state = programs.refresh(state, params, batch)
             params, state, loss = programs.step(params, state, batch)
             losses.append(loss)
