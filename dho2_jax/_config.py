@@ -7,7 +7,6 @@ import numbers
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dho2_jax._curvature import OPERATORS
@@ -160,7 +159,7 @@ def check_number(name: str, value: Any, low: float, high: float | None = None) -
     if callable(value) or (isinstance(value, jax.Array) and value.shape == ()):
         return
     is_number = isinstance(value, numbers.Real | np.ndarray)
-    if isinstance(value, bool) or not is_number or jnp.shape(value) != ():
+    if isinstance(value, bool) or not is_number or np.shape(cast(Any, value)) != ():
         raise ValueError(
             f"`{name}` must be a number, a scalar array or a schedule, got "
             f"{_shown(value)}; pass one number, or a function of the step count."

@@ -45,14 +45,16 @@ def hvp(value_fn: ValueFn, params: Params, *, linearize: bool = True) -> MatVec:
         cannot be differentiated in forward mode; the sentence names what to use.
     """
     check_value_fn(value_fn, params)
-    gradient = jax.grad(value_fn)
-    if not linearize:
-        return _product(
-            lambda v: jax.jvp(gradient, (params,), (v,))[1], params, "hessian"
-        )
+    gradient, custom = jax.grad(value_fn), _has_custom_vjp(value_fn, params)
     with _explained("hessian"):
-        _, product = jax.linearize(gradient, params)
-    return _product(product, params, "hessian")
+        if linearize:
+            product = jax.linearize(gradient, params)[1]
+        else:
+
+            def product(v):
+                return jax.jvp(gradient, (params,), (v,))[1]
+
+        return _product(product, params, "hessian", custom)
 
 
 def hvp_reverse_over_reverse(value_fn: ValueFn, params: Params) -> MatVec:
@@ -127,8 +129,11 @@ def ggn_vp(
     Raises:
       ValueError: As for `hvp`.
     """
-    check_value_fn(lambda x: loss_fn(outputs_fn(x)), params)
 
+    def value_fn(x):
+        return loss_fn(outputs_fn(x))
+
+    check_value_fn(value_fn, params)
     with _explained("ggn"):
         if linearize:
             outputs, forward = jax.linearize(outputs_fn, params)
@@ -140,12 +145,12 @@ def ggn_vp(
             def forward(v):
                 return jax.jvp(outputs_fn, (params,), (v,))[1]
 
-    def product(v):
-        tangent = forward(v)
-        bent = jax.jvp(jax.grad(loss_fn), (outputs,), (tangent,))[1]
-        return transpose(bent)[0]
+        def product(v):
+            tangent = forward(v)
+            bent = jax.jvp(jax.grad(loss_fn), (outputs,), (tangent,))[1]
+            return transpose(bent)[0]
 
-    return _product(product, params, "ggn")
+        return _product(product, params, "ggn", _has_custom_vjp(value_fn, params))
 
 
 def build_matvec(curvature: str, value_fn, params: Params) -> MatVec:
@@ -172,22 +177,21 @@ def directional_curvature(
     along = linalg.cast_like(direction, params)
 
     def line(fn, at, tangent):
-        return jax.jvp(lambda x: jax.jvp(fn, (x,), (tangent,))[1], (at,), (tangent,))[
-            1
-        ].astype(jnp.float32)
+        def slope(x):
+            return jax.jvp(fn, (x,), (tangent,))[1]
 
-    # A custom_vjp rule blocks this double forward mode even where the product serves.
-    try:
-        if curvature == "hessian":
-            check_value_fn(value_fn, params)
+        return jax.jvp(slope, (at,), (tangent,))[1].astype(jnp.float32)
+
+    if curvature == "hessian":
+        check_value_fn(value_fn, params)
+        if not _has_custom_vjp(value_fn, params):
             return line(value_fn, params, along)
-        if curvature == "ggn":
-            outputs_fn, loss_fn = _ggn_pair(value_fn)
-            check_value_fn(lambda x: loss_fn(outputs_fn(x)), params)
+    if curvature == "ggn":
+        outputs_fn, loss_fn = _ggn_pair(value_fn)
+        check_value_fn(lambda x: loss_fn(outputs_fn(x)), params)
+        if not _has_custom_vjp(lambda x: loss_fn(outputs_fn(x)), params):
             outputs, tangent = jax.jvp(outputs_fn, (params,), (along,))
             return line(loss_fn, outputs, tangent)
-    except _DIFFERENTIATION_ERRORS:
-        pass
     return linalg.vdot(along, build_matvec(curvature, value_fn, params)(along))
 
 
@@ -200,15 +204,19 @@ OPERATORS: dict[str, Callable] = {
 """What `curvature=` may be."""
 
 
-def check_params(params: Params, where: str, name: str = "params") -> None:
-    """Raises unless `params` is a non-empty pytree of real floating-point arrays."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
+def check_not_empty(params: Params, where: str, name: str = "params") -> None:
+    """Raises when `params` has no leaves."""
+    if not jax.tree.leaves(params):
         raise ValueError(
             f"`{name}` must have at least one array, got an empty pytree in {where}; "
             "there is nothing to compute the curvature of."
         )
-    for path, leaf in leaves:
+
+
+def check_params(params: Params, where: str, name: str = "params") -> None:
+    """Raises unless `params` is a non-empty pytree of real floating-point arrays."""
+    check_not_empty(params, where, name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", type(leaf).__name__)
         is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
         if not (is_number and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)):
@@ -275,10 +283,27 @@ class _explained:
         return False
 
 
-def _product(product: MatVec, params: Params, mode: str) -> MatVec:
+def _product(
+    product: MatVec, params: Params, mode: str, custom_vjp: bool = False
+) -> MatVec:
+    """Gives a product its dtypes, its checks and its sentences.
+
+    Under tracing JAX says only while it compiles that forward mode met a custom_vjp
+    rule; by then there is no one to explain it, so such a loss is looked at here.
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    if custom_vjp and "custom_lin" in str(jax.make_jaxpr(product)(params)):
+        raise ValueError(_TWICE.format(mode=mode))
+
     def matvec(v: PyTree) -> PyTree:
-        if jax.tree.structure(v) != jax.tree.structure(params):
-            v = _reshaped_like(v, params)
+        leaves = jax.tree.leaves(v)
+        if [jnp.shape(x) for x in leaves] != shapes:
+            raise ValueError(
+                f"the vector must have the structure of `params`, shapes {shapes}, got "
+                f"{[jnp.shape(x) for x in leaves]}; pass a pytree like the parameters."
+            )
+        # By leaves: boxes around them, such as Flax's, may differ.
+        v = jax.tree.unflatten(jax.tree.structure(params), leaves)
         with _explained(mode):
             out = product(linalg.cast_like(v, params))
         return jax.tree.map(lambda x: x.astype(jnp.float32), out)
@@ -286,12 +311,5 @@ def _product(product: MatVec, params: Params, mode: str) -> MatVec:
     return matvec
 
 
-def _reshaped_like(v: PyTree, params: Params) -> PyTree:
-    """Puts the leaves under the structure of `params` (Flax boxes differ)."""
-    ours, theirs = jax.tree.leaves(v), jax.tree.leaves(params)
-    if [jnp.shape(x) for x in ours] != [jnp.shape(x) for x in theirs]:
-        raise ValueError(
-            "the vector must have the structure of `params`, got "
-            f"{jax.tree.structure(v)} for {jax.tree.structure(params)}."
-        )
-    return jax.tree.unflatten(jax.tree.structure(params), ours)
+def _has_custom_vjp(fn: Callable, params: Params) -> bool:
+    return "custom_vjp" in str(jax.make_jaxpr(fn)(params))

@@ -53,13 +53,6 @@ def zeros(layout: Layout, rows: tuple[int, ...] = ()) -> Packed:
     )
 
 
-def pack(tree: PyTree, layout: Layout, name: str) -> Packed:
-    """Returns the leaves of `tree` as a stored vector; raises if the shapes differ."""
-    leaves = jax.tree.leaves(tree)
-    check_shapes(leaves, layout, name)
-    return Packed(tuple(leaves), layout)
-
-
 def unpack(packed: Packed) -> PyTree:
     """Returns the stored leaves under the tree that the parameters had at `init`."""
     return jax.tree.unflatten(packed.layout.treedef, packed.leaves)

@@ -12,10 +12,11 @@ s* = -a / h. Both are averages of noisy readings:
 
 The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
-would send s to zero. The guard halves s at once when a slope is eight mean deviations
-above its mean, which is how a sharp direction that leaked out of the subspace first
-shows; and in the first steps, when such means mislead, at a slope that the curvature
-seen so far cannot explain.
+would send s to zero. Only when steps raise the loss (s > 3 s*), or grow in length, does
+it fall by up to a half at a probe. The guard halves s at once when a slope is eight mean
+deviations above its mean, which is how a sharp direction that leaked out of the subspace
+first shows; and in the first steps, when such means mislead, at a slope that the
+curvature seen so far cannot explain.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients
@@ -87,8 +88,13 @@ def start(direction: Any) -> RateState:
     )
 
 
-def observe(rate: RateState, slope: Array, length: Array) -> RateState:
+def observe(
+    rate: RateState, slope: Array, length: Array, comparable: Array | bool = True
+) -> RateState:
     """Takes in c = g . d and |d|^2 of the last step; halves s when c stands out.
+
+    Right after a refresh c is not `comparable` with earlier ones: another subspace has
+    been taken off the gradient.
 
     A slope that is not finite stands out too.
     """
@@ -99,6 +105,7 @@ def observe(rate: RateState, slope: Array, length: Array) -> RateState:
     # With curvature h the slope after a step of scale s is below s h, however long.
     steep = (rate.bend > 0) & ~(slope <= rate.scale * rate.bend * length)
     alarm = (seen > _SETTLED) & ~(slope <= limit) | (seen < EARLY_STEPS) & steep
+    alarm &= comparable
 
     # Winsorised: what stands out moves the statistics no further than the limit.
     low = rate.slope_mean - _DEVIATIONS * rate.slope_deviation
@@ -171,7 +178,8 @@ def adjust(
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
     grown = jnp.minimum(best, growth * rate.scale)
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
-    least = jnp.where(taken < 3 * best, slow, 0.5)
+    diverging = (taken >= 3 * best) | (length > rate.weight)
+    least = jnp.where(diverging, 0.5, slow)
     shrunk = rate.scale * jnp.maximum(best / jnp.where(taken > 0, taken, 1.0), least)
     scale = jnp.where(
         best > rate.scale, grown, jnp.where(best < taken, shrunk, rate.scale)

@@ -2,13 +2,11 @@
 """The refresh: from a loss and a point to a new subspace, accepted or rejected."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dho2_jax import _curvature as curvature
 from dho2_jax import _lanczos as lanczos
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
@@ -16,17 +14,11 @@ from dho2_jax import _rate
 from dho2_jax import _spectrum as spectrum
 from dho2_jax import _subspace as subspaces
 from dho2_jax._config import Config, check_integer, check_steps
-from dho2_jax._state import CurvatureState, is_active, replace
+from dho2_jax._products import Products, check_one_source, products_at
+from dho2_jax._state import CurvatureState, is_active, layout_of_state, replace
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
 
 _DEFECT = 1e-2  # the largest recurrence defect of a refresh in float32
-
-
-class Products(NamedTuple):
-    """The curvature at one point, as functions of the stored vectors' leaves."""
-
-    matvec: Callable[[], MatVec]  # built where it is used: it may hold intermediates
-    bend: Callable[[PyTree], tuple[Array, Array]]  # d -> |d . H d| / |d|^2, |d|^2
 
 
 def should_refresh(
@@ -100,61 +92,6 @@ def refresh(
         return refreshed(ours, part, products)
 
     return replace(state, change)
-
-
-def layout_of_state(state: CurvatureState) -> layouts.Layout:
-    """Returns the layout of the parameters the state was made for."""
-    vectors = state.subspace.eigenvectors
-    if not isinstance(vectors, layouts.Packed):
-        raise ValueError(
-            "`state` must come from parameters with at least one array, got one made "
-            "from an empty pytree; call init on the parameters."
-        )
-    return vectors.layout
-
-
-def products_at(
-    config: Config,
-    layout: layouts.Layout,
-    params: Params,
-    value_fn: ValueFn | None,
-    matvec_fn: Callable[[Params], MatVec] | None,
-) -> tuple[tuple[Array, ...], Products]:
-    """Returns the parameters' leaves that belong to the state, and their products."""
-    leaves, merge = layouts.restrict(params, layout)
-    part = tuple(leaves)
-    curvature.check_params(part, "a curvature product")
-    if matvec_fn is not None:
-        return part, _own_products(matvec_fn, params, part, layout)
-
-    of_part = _of_part(value_fn, merge)
-    return part, Products(
-        matvec=lambda: curvature.build_matvec(config.curvature, of_part, part),
-        bend=lambda d: _per_length(
-            curvature.directional_curvature(config.curvature, of_part, part, d), d
-        ),
-    )
-
-
-def products_in_update(
-    config: Config,
-    layout: layouts.Layout,
-    params: Params | None,
-    value_fn: ValueFn | None,
-    matvec_fn: Callable[[Params], MatVec] | None,
-) -> Products | None:
-    """Returns the products that `update` was given the means for, if any, or raises."""
-    if config.refresh == "external" and value_fn is None and matvec_fn is None:
-        return None
-    check_one_source(value_fn, matvec_fn, f"update with refresh='{config.refresh}'")
-    if params is None:
-        raise ValueError(
-            "`params` must be given to update together with `value_fn`, got None; call "
-            "tx.update(grads, state, params, value_fn=...)."
-        )
-    if value_fn is not None and layouts.has_holes(params):
-        _check_takes_holes(value_fn, params)
-    return products_at(config, layout, params, value_fn, matvec_fn)[1]
 
 
 def maybe_refresh(
@@ -248,21 +185,6 @@ def compute_subspace(
     return new, lanczos.recurrence_defect(run), scale
 
 
-def check_one_source(value_fn, matvec_fn, where: str) -> None:
-    """Raises unless exactly one of the two functions is given."""
-    if value_fn is None and matvec_fn is None:
-        raise ValueError(
-            f"`value_fn` must be given to {where}, got None; pass "
-            "value_fn=lambda p: loss(p, batch), or use refresh='external' and call "
-            "dho2_jax.refresh outside update."
-        )
-    if value_fn is not None and matvec_fn is not None:
-        raise ValueError(
-            f"`value_fn` and `matvec_fn` must not both be given to {where}, got both; "
-            "drop one."
-        )
-
-
 def _off_subspace(
     rate: _rate.RateState, old: subspaces.Subspace, active: Array
 ) -> _rate.RateState:
@@ -291,64 +213,3 @@ def _probe_if_unprobed(
         return _rate.adjust(rate, *products.bend(along), one, unlimited)
 
     return jax.lax.cond(unprobed, probe, lambda r: r, rate)
-
-
-def _of_part(value_fn: Any, merge: Callable) -> Any:
-    """Returns the loss, or the pair of "ggn", as a function of the state's leaves.
-
-    Anything else is returned as it is: the curvature products say what is wrong.
-    """
-    if isinstance(value_fn, tuple) and len(value_fn) == 2:
-        return (_of_part(value_fn[0], merge), value_fn[1])
-    if callable(value_fn):
-        return lambda part: value_fn(merge(part))
-    return value_fn
-
-
-def _check_takes_holes(value_fn: Any, params: Params) -> None:
-    """Raises when a loss of all parameters meets the masked tree of `optax.masked`."""
-    if isinstance(value_fn, tuple):
-        value_fn = value_fn[0]
-    try:
-        jax.eval_shape(value_fn, params)
-    except Exception as error:
-        raise ValueError(
-            "`value_fn` must take the masked parameters inside optax.masked or "
-            f"optax.partition, got {type(error).__name__} from it; use "
-            "refresh='external' and dho2_jax.refresh(state, params, value_fn), which "
-            "takes all parameters."
-        ) from error
-
-
-def _own_products(matvec_fn, params, part, layout) -> Products:
-    if not callable(matvec_fn):
-        raise ValueError(
-            "`matvec_fn` must be a function of the parameters, got "
-            f"{type(matvec_fn).__name__}; pass lambda params: matvec."
-        )
-
-    def build():
-        matvec = matvec_fn(params)
-        if not callable(matvec):
-            raise ValueError(
-                "`matvec_fn` must map parameters to a product v -> H v, got "
-                f"{type(matvec).__name__}; wrap yours as lambda params: matvec."
-            )
-
-        def on_part(v):
-            _, merge = layouts.restrict(jax.tree.map(jnp.zeros_like, params), layout)
-            out = matvec(merge(linalg.cast_like(tuple(v), part)))
-            leaves, _ = layouts.restrict(out, layout, "the result of `matvec_fn`")
-            return tuple(x.astype(jnp.float32) for x in leaves)
-
-        return on_part
-
-    return Products(
-        matvec=build,
-        bend=lambda d: _per_length(linalg.vdot(d, build()(tuple(d))), d),
-    )
-
-
-def _per_length(value: Array, vector: PyTree) -> tuple[Array, Array]:
-    length = linalg.vdot(vector, vector)
-    return jnp.abs(value) / jnp.where(length > 0, length, 1.0), length

@@ -90,6 +90,17 @@ def is_active(state: CurvatureState) -> Array:
     return active
 
 
+def layout_of_state(state: CurvatureState) -> layouts.Layout:
+    """Returns the layout of the parameters the state was made for."""
+    vectors = state.subspace.eigenvectors
+    if not isinstance(vectors, layouts.Packed):
+        raise ValueError(
+            "`state` must come from parameters with at least one array, got one made "
+            "from an empty pytree; call init on the parameters."
+        )
+    return vectors.layout
+
+
 def find(state: PyTree) -> CurvatureState:
     """Returns the one curvature state in any nest of Optax states, unboxed."""
     found = [s for s in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(s)]

@@ -29,7 +29,7 @@ from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
 from dho2_jax import _rate
 from dho2_jax import _subspace as subspaces
-from dho2_jax._refresh import Products
+from dho2_jax._products import Products
 from dho2_jax._state import CurvatureState, is_active
 from dho2_jax._types import Array
 
@@ -102,7 +102,10 @@ def join(
     inverse = subspaces.newton_scale(space.eigenvalues, active, rates.damping, floor)
     newton = rates.newton * momentum * inverse
     if rate is not None:
-        newton *= _shortening(newton, momentum, parts.complement, steps, scale)
+        # The momentum is shortened too: charged while it could not act, it would
+        # overshoot once it can.
+        factor = _shortening(newton, momentum, parts.complement, steps, scale)
+        newton, momentum = factor * newton, factor * momentum
 
     inside = linalg.combine(scale * overlap + newton, rows)
     updates = tuple(
@@ -125,7 +128,8 @@ def _set_rate(
     use, started = jnp.any(parts.active), rate.steps > 0
     last = rate.direction.leaves
     slope = linalg.vdot(parts.complement, last)
-    seen = _rate.observe(rate, slope, linalg.vdot(last, last))
+    comparable = state.counters.refreshed_at != state.count
+    seen = _rate.observe(rate, slope, linalg.vdot(last, last), comparable)
     rate = _pick(use & started, seen, rate)
 
     if products is not None:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from dho2_jax import _layout as layouts
-from dho2_jax import _refresh as refreshing
 from dho2_jax import _step as stepping
 from dho2_jax._config import check_number, make_config
 from dho2_jax._curvature import check_params
-from dho2_jax._state import DHO2State, init_curvature
+from dho2_jax._products import products_in_update
+from dho2_jax._refresh import maybe_refresh
+from dho2_jax._state import DHO2State, init_curvature, layout_of_state
 from dho2_jax._types import Array, ScalarOrSchedule
 
 _FOSI_CLIP = 3.0
@@ -158,14 +159,12 @@ def dho2(
             ours = ours._replace(count=optax.safe_increment(ours.count))
             return updates, DHO2State(base_state, ours)
 
-        layout = refreshing.layout_of_state(ours)
+        layout = layout_of_state(ours)
         layouts.check_shapes(grads, layout, "`updates`")
         check_params(updates, "update", "updates")
-        products = refreshing.products_in_update(
-            config, layout, params, value_fn, matvec_fn
-        )
+        products = products_in_update(config, layout, params, value_fn, matvec_fn)
         if products is not None and config.refresh == "periodic":
-            ours = refreshing.maybe_refresh(ours, params, products)
+            ours = maybe_refresh(ours, params, products)
 
         rates = stepping.Rates(
             newton=_at(newton_learning_rate, ours.count),

@@ -372,31 +372,7 @@ def split_words(expected):
     return re.findall(r"\[0, 1\)|\(outputs_fn, loss_fn\)|\S+", expected)
 
 
-UNCLEAR = {
-    "init-string_params": "check_params asks for the dtype of what is no array",
-    "update-complex_gradient": "the gradient's dtype is not checked",
-    "update-matvec_number": "matvec_fn is called before it is checked",
-    "update-matvec_of_another_shape": "the sentence blames `params`",
-    "update-custom_vjp": "under tracing JAX complains only when it lowers",
-    "refresh-custom_vjp": "under tracing JAX complains only when it lowers",
-    "products-hvp_vector": "JAX's own error, over two lines",
-    "products-lanczos_float_steps": "JAX's own error",
-    "products-lanczos_shapes": "the sentence has no remedy",
-}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            marks=pytest.mark.xfail(reason=UNCLEAR[case], strict=True)
-            if case in UNCLEAR
-            else (),
-        )
-        for case in CALLS
-    ],
-)
+@pytest.mark.parametrize("case", CALLS)
 def test_a_wrong_call_gives_one_clear_sentence(case):
     expected, call = CALLS[case]
     with pytest.raises((ValueError, TypeError)) as caught:

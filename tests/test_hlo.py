@@ -96,7 +96,6 @@ def test_the_refresh_is_the_second_branch(donated):
     assert any("while(" in line for n in called_from(found, taken) for line in found[n])
 
 
-@pytest.mark.xfail(reason="the identity branch copies the rows", strict=True)
 @pytest.mark.parametrize(
     "base_rate, donate", [("curvature", True), ("curvature", False), ("fixed", True)]
 )
@@ -129,4 +128,4 @@ def test_an_external_step_has_no_lanczos_in_it():
     compiled, _ = compiled_step(donate=True, refresh="external")
     text = compiled.as_text()
     assert copies_of_basis(computations(text), computations(text)) == []
-    assert "while(" not in text and "eigh" not in text
+    assert not re.search(r"\bwhile\(|[^w]eigh", text)

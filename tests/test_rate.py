@@ -16,29 +16,26 @@ class PlainRule:
 
     def __init__(self):
         self.s, self.steps, self.probed = 1.0, 0, 0
-        self.total, self.count = 0.0, 0
+        self.slopes, self.lengths = [], []
         self.mean = self.deviation = 0.0
-        self.descent = self.bend = self.before_cut = 0.0
+        self.descent = self.bend = self.weight = self.before_cut = 0.0
         self.cuts = 0
 
-    def observe(self, slope):
+    def observe(self, slope, length):
         settled = self.steps > 10
         limit = self.mean + 8 * self.deviation
-        steep = 2 * self.s * self.bend
-        alarm = self.bend > 0 and not slope <= steep
-        if settled:
-            alarm = not slope <= limit
-        if alarm:
+        steep = self.bend > 0 and not slope <= self.s * self.bend * length
+        kept = np.clip(slope, 2 * self.mean - limit, limit) if settled else slope
+        kept = kept if np.isfinite(kept) else self.mean
+        if (settled and not slope <= limit) or (self.steps < 40 and steep):
             self.before_cut = max(self.before_cut, self.s)
             self.s *= 0.5
-            self.total, self.count, self.descent, self.bend = 0.0, 0, 0.0, 0.0
+            self.slopes, self.lengths = [], []
+            self.descent = self.bend = self.weight = 0.0
             self.cuts += 1
-            kept = min(slope, limit) if settled else slope
-            kept = kept if np.isfinite(kept) and np.isfinite(slope) else self.mean
         else:
-            kept = max(slope, self.mean - 8 * self.deviation) if settled else slope
-            self.total += kept
-            self.count += 1
+            self.slopes.append(kept)
+            self.lengths.append(length)
         if self.steps <= 1:
             self.mean, self.deviation = kept, abs(kept)
             return
@@ -46,12 +43,15 @@ class PlainRule:
         self.mean = memory * self.mean + (1 - memory) * kept
         self.deviation = memory * self.deviation + (1 - memory) * abs(kept - self.mean)
 
-    def adjust(self, bend, schedule, largest):
-        if self.count:
+    def adjust(self, bend, length, schedule, largest):
+        if self.slopes:
             taken = schedule * self.s
-            a = -self.total / self.count + taken * bend
-            self.descent = 0.8 * self.descent + 0.2 * a
-            self.bend = 0.8 * self.bend + 0.2 * bend
+            a = taken * bend - sum(self.slopes) / sum(self.lengths)
+            growing = length > self.weight
+            past = min(0.8 * self.weight, 4 * length)
+            self.weight = past + length
+            self.descent = (past * self.descent + length * a) / self.weight
+            self.bend = (past * self.bend + length * bend) / self.weight
             best = self.descent / self.bend
             elapsed = self.steps - self.probed
             if best > self.s:
@@ -64,9 +64,10 @@ class PlainRule:
                 self.s = min(best, growth * self.s)
             elif best < taken:
                 slow = np.sqrt(1 - elapsed / (self.steps + elapsed))
-                self.s *= max(best / taken, slow if taken < 3 * best else 0.5)
+                least = 0.5 if growing or taken >= 3 * best else slow
+                self.s *= max(best / taken, least)
         self.s = min(max(self.s, 1e-12), largest)
-        self.total, self.count, self.probed = 0.0, 0, self.steps
+        self.slopes, self.lengths, self.probed = [], [], self.steps
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -77,21 +78,20 @@ def test_rule_equals_its_plain_statement(seed):
     for step in range(1, 160):
         plain.steps = step
         rate = rate._replace(steps=jnp.int32(step))
-        # Slopes scatter around -1 and now and then stand far out, or are not finite.
-        slope = rng.normal(-1.0, 0.5)
+        # Slopes scatter around -1 and now and then stand far out, or are not finite;
+        # lengths wander over several orders of magnitude.
+        slope, length = rng.normal(-1.0, 0.5), rng.lognormal(0, 2.0)
         if rng.random() < 0.06:
             slope = rng.choice([1e3, np.inf, np.nan, -1e3])
-        plain.observe(slope)
-        rate = observe(rate, jnp.float32(slope))
+        plain.observe(slope, length)
+        rate = observe(rate, jnp.float32(slope), jnp.float32(length))
         due = step % (2 if step < 40 else 10) == 0
         assert bool(_rate.is_due(rate)) == due
         if due:
-            bend = rng.lognormal(np.log(2.0), 1.0)
+            readings = rng.lognormal(np.log(2.0), 1.0), rng.lognormal(0, 2.0)
             schedule = 0.5 * (1 + np.cos(np.pi * step / 200))
-            plain.adjust(bend, schedule, 30.0)
-            rate = adjust(
-                rate, jnp.float32(bend), jnp.float32(schedule), jnp.float32(30.0)
-            )
+            plain.adjust(*readings, schedule, 30.0)
+            rate = adjust(rate, *map(jnp.float32, (*readings, schedule, 30.0)))
         np.testing.assert_allclose(rate.scale, plain.s, rtol=2e-3)
     assert int(rate.cuts) == plain.cuts > 0
 
@@ -172,7 +172,7 @@ def test_four_decades_of_initial_rates_do_not_diverge(base):
         finals.append(values[-1])
     assert max(finals) < 0.85 * start
     if base != "muon":  # unit steps settle where their own rate lets them
-        assert max(finals) < 1.25 * min(finals)
+        assert max(finals) < 1.5 * min(finals)  # the search for the rate included
 
 
 def test_the_rule_rests_without_a_subspace():
@@ -239,20 +239,21 @@ def test_a_schedule_multiplies_the_rule():
         return float(dho2_jax.metrics(state)["base_scaling"])
 
     cosine = optax.schedules.cosine_decay_schedule(1.0, steps)
-    # The decay is neither compensated (a factor of 100 at the end) nor fed back.
-    assert 0.3 < run(cosine) / run(1.0) < 5
+    # The decay is neither compensated (that would be a factor of 16,000 by the end) nor
+    # fed back.
+    assert 0.3 < run(cosine) / run(1.0) < 20
 
 
 def test_a_spike_is_cut_and_forgotten():
-    rate = _rate.start(jnp.zeros(()))
+    rate, one = _rate.start(jnp.zeros(())), jnp.ones(())
     for step in range(1, 30):
         rate = rate._replace(steps=jnp.int32(step))
-        rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
-    cut = _rate.observe(rate, jnp.float32(50.0))
+        rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)), one)
+    cut = _rate.observe(rate, jnp.float32(50.0), one)
     assert float(cut.scale) == 0.5 * float(rate.scale)
     assert int(cut.cuts) == 1
-    again = _rate.observe(cut, jnp.float32(jnp.nan))
+    again = _rate.observe(cut, jnp.float32(jnp.nan), one)
     assert float(again.scale) == 0.25 * float(rate.scale)
     assert np.isfinite(float(again.slope_mean))
-    calm = _rate.observe(again, jnp.float32(-1.0))
+    calm = _rate.observe(again, jnp.float32(-1.0), one)
     assert float(calm.scale) == float(again.scale)

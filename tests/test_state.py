@@ -45,7 +45,8 @@ def test_subspace_and_metrics_need_only_the_state(name):
     assert all(jnp.shape(x) == () for x in numbers.values())
     assert int(numbers["refreshes"]) == 1 and int(numbers["enabled"]) == 1
     assert float(numbers["sharpness"]) == float(found.eigenvalues[-1])
-    assert_same_numbers(jax.jit(dho2_jax.metrics)(state), numbers)
+    for key, value in jax.jit(dho2_jax.metrics)(state).items():
+        np.testing.assert_allclose(value, numbers[key], rtol=1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -66,7 +67,6 @@ def test_set_enabled_changes_nothing_else(name):
     assert loop.traces == 1
 
 
-@pytest.mark.xfail(reason="refresh checks the dtypes of the whole tree", strict=True)
 def test_refresh_of_a_masked_state_takes_the_whole_parameters():
     """What the mask leaves out, integers included, reaches the loss as it is."""
     params = parameters() | {"steps": jnp.arange(3)}

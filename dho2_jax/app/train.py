@@ -144,6 +144,7 @@ def train(
     params = task.init(seed)
     state = jax.jit(optimizer.transform.init)(params)
     losses: list[jax.Array] = []
+    refresh_at = optimizer.refresh_at
     seconds, refreshes = 0.0, 0
 
     def record(done: int, evaluate: bool) -> Row:
@@ -169,7 +170,7 @@ def train(
         start, logged = time.perf_counter(), 0
         for done in range(1, steps + 1):
             batch = task.dataset.train_batch(seed, done - 1)
-            if programs.refresh is not None and optimizer.refresh_at(done - 1):
+            if programs.refresh and refresh_at and refresh_at(done - 1):
                 state = programs.refresh(state, params, batch)
             params, state, loss = programs.step(params, state, batch)
             losses.append(loss)
