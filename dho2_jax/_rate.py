@@ -13,10 +13,10 @@ s* = -a / h. Both are averages of noisy readings:
 The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
 would send s to zero. Only when steps raise the loss (s > 3 s*), or grow in length, does
-it fall by up to a half at a probe. The guard halves s at once when a slope is eight mean
-deviations above its mean, which is how a sharp direction that leaked out of the subspace
-first shows; and in the first steps, when such means mislead, at a slope that the
-curvature seen so far cannot explain.
+it fall by up to a half at a probe. The guard halves s at once when a slope is eight
+mean deviations above its mean, which is how a sharp direction that leaked out of the
+subspace first shows; and in the first steps, when such means mislead, at a slope that
+the curvature seen so far cannot explain.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients

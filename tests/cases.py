@@ -12,7 +12,12 @@ import dho2_jax
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
-SMALL = {"num_largest": 2, "num_matvecs": 4, "refresh_period": 2}
+SMALL = {
+    "num_largest": 2,
+    "num_matvecs": 4,
+    "refresh_period": 2,
+    "early_refreshes": (),
+}
 SMALL_FOSI = {"num_largest": 2, "refresh_period": 2, "warmup_steps": 0}
 
 BASES = {
