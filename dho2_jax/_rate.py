@@ -117,17 +117,20 @@ def observe(
         jnp.abs(kept),
         memory * rate.slope_deviation + (1 - memory) * jnp.abs(kept - mean),
     )
-    cut = jnp.where(alarm, 0.0, 1.0)
+
+    def unless_cut(x: Array) -> Array:
+        return jnp.where(alarm, 0.0, x)
+
     return rate._replace(
         scale=jnp.where(alarm, 0.5 * rate.scale, rate.scale),
-        slope_sum=cut * (rate.slope_sum + kept),
-        length_sum=cut * (rate.length_sum + length),
-        slope_count=cut * (rate.slope_count + 1),
+        slope_sum=unless_cut(rate.slope_sum + kept),
+        length_sum=unless_cut(rate.length_sum + length),
+        slope_count=unless_cut(rate.slope_count + 1),
         slope_mean=mean,
         slope_deviation=deviation,
-        descent=cut * rate.descent,
-        bend=cut * rate.bend,
-        weight=cut * rate.weight,
+        descent=unless_cut(rate.descent),
+        bend=unless_cut(rate.bend),
+        weight=unless_cut(rate.weight),
         before_cut=jnp.where(
             alarm, jnp.maximum(rate.scale, rate.before_cut), rate.before_cut
         ),
@@ -144,7 +147,7 @@ def is_due(rate: RateState) -> Array:
 
 
 def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:
-    """Returns the rule after its first probe: s is at most 0.3 s* of this batch."""
+    """Returns the rule after its first probe: s is at most a tenth of its s*."""
     safe = _FIRST * -slope / jnp.where(bend > 0, bend, 1.0)
     usable = (bend > 0) & (slope < 0) & jnp.isfinite(safe)
     scale = jnp.where(usable, jnp.minimum(rate.scale, safe), rate.scale)
