@@ -30,13 +30,15 @@ def _over_base(**defaults):
             if name != "base_optimizer"
         }
 
+        signature = inspect.Signature([*own.values(), *hybrid.values()])
+
         @functools.wraps(make_base)
         def alias(*args, **kwargs) -> optax.GradientTransformationExtraArgs:
+            signature.bind(*args, **kwargs)  # names what is unknown or missing
             chosen = defaults | {k: v for k, v in kwargs.items() if k not in own}
             base = {k: v for k, v in kwargs.items() if k in own}
             return dho2(make_base(*args, **base), **chosen)
 
-        signature = inspect.Signature([*own.values(), *hybrid.values()])
         setattr(alias, "__signature__", signature)  # noqa: B010 (unknown to type checkers)
         return alias
 

@@ -5,6 +5,7 @@ All take the product with the tangent in each parameter's own dtype and return i
 float32, so that bfloat16 parameters work.
 """
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -235,6 +236,7 @@ def check_value_fn(value_fn, params: Params) -> None:
             "`value_fn` must be a function of the parameters alone, got "
             f"{type(value_fn).__name__}; pass lambda p: loss(p, batch)."
         )
+    check_takes_params(value_fn, params)
     value = jax.eval_shape(value_fn, params)
     leaves = jax.tree.leaves(value)
     if len(leaves) != 1 or not hasattr(value, "shape"):
@@ -247,6 +249,19 @@ def check_value_fn(value_fn, params: Params) -> None:
             "`value_fn` must return a real scalar, got shape "
             f"{value.shape} and dtype {value.dtype}; reduce it, for example by a mean."
         )
+
+
+def check_takes_params(value_fn: Callable, params: Params) -> None:
+    """Raises unless `value_fn` can be called with the parameters alone."""
+    try:
+        inspect.signature(value_fn).bind(params)
+    except TypeError as error:
+        raise ValueError(
+            "`value_fn` must take the parameters alone, got a function that does not "
+            f"({error}); close over the rest, as in lambda p: loss(p, batch)."
+        ) from error
+    except ValueError:  # some callables have no signature to look at
+        return
 
 
 def _ggn_pair(value_fn):

@@ -82,6 +82,11 @@ def add_scaled(x: PyTree, scale: Array | float, y: PyTree) -> PyTree:
     )
 
 
+def as_float32(x: PyTree) -> PyTree:
+    """Returns `x` with all leaves in float32."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32), x)
+
+
 def cast_like(x: PyTree, like: PyTree) -> PyTree:
     """Returns `x` with each leaf in the dtype of the same leaf of `like`."""
     return jax.tree.map(lambda a, b: a.astype(b.dtype), x, like)

@@ -31,17 +31,22 @@ def products_at(
     """Returns the parameters' leaves that belong to the state, and their products."""
     curvature.check_not_empty(params, "a curvature product")
     leaves, merge = layouts.restrict(params, layout)
-    part = tuple(leaves)
+    part = tuple(jnp.asarray(x) for x in leaves)
     curvature.check_params(part, "a curvature product")
     if matvec_fn is not None:
         return part, _own_products(matvec_fn, params, part, layout)
 
+    for fn in value_fn[:1] if isinstance(value_fn, tuple) else (value_fn,):
+        if callable(fn):
+            curvature.check_takes_params(fn, params)
     of_part = _of_part(value_fn, merge)
+
+    def along(d: PyTree) -> Array:
+        return curvature.directional_curvature(config.curvature, of_part, part, d)
+
     return part, Products(
         matvec=lambda: curvature.build_matvec(config.curvature, of_part, part),
-        bend=lambda d: _per_length(
-            curvature.directional_curvature(config.curvature, of_part, part, d), d
-        ),
+        bend=lambda d: _bend(along, d),
     )
 
 
@@ -133,10 +138,13 @@ def _own_products(matvec_fn, params, part, layout) -> Products:
 
     return Products(
         matvec=build,
-        bend=lambda d: _per_length(linalg.vdot(d, build()(tuple(d))), d),
+        bend=lambda d: _bend(lambda v: linalg.vdot(v, build()(tuple(v))), d),
     )
 
 
-def _per_length(value: Array, vector: PyTree) -> tuple[Array, Array]:
-    length = linalg.vdot(vector, vector)
-    return jnp.abs(value) / jnp.where(length > 0, length, 1.0), length
+def _bend(along: Callable[[PyTree], Array], d: PyTree) -> tuple[Array, Array]:
+    """Measures along d / |d|: a step of a small rate squared underflows in float16."""
+    length = linalg.vdot(d, d)
+    scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))
+    unit = jax.tree.map(lambda x: scale * x.astype(jnp.float32), d)
+    return jnp.abs(along(unit)), length

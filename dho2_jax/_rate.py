@@ -46,7 +46,9 @@ class RateState(NamedTuple):
     """What the rule remembers; float32 scalars unless said."""
 
     scale: Array  # s, multiplies the base's update
-    direction: Any  # d of the last step, off the subspace, in the base's dtypes
+    direction: Any  # d of the last step as the base made it, float32
+    length: Array  # |d|^2 of what of it was off the subspace
+    taken: Array  # s times the schedule, as the last step applied it
     steps: Array  # int32: steps taken under the rule
     probed: Array  # int32: value of `steps` at the last probe
     slope_sum: Array  # sum of c since the last probe
@@ -73,6 +75,8 @@ def start(direction: Any) -> RateState:
     return RateState(
         scale=jnp.ones((), jnp.float32),
         direction=direction,
+        length=zero(),
+        taken=zero(),
         steps=none(),
         probed=none(),
         slope_sum=zero(),
@@ -89,9 +93,9 @@ def start(direction: Any) -> RateState:
 
 
 def observe(
-    rate: RateState, slope: Array, length: Array, comparable: Array | bool = True
+    rate: RateState, slope: Array, comparable: Array | bool = True
 ) -> RateState:
-    """Takes in c = g . d and |d|^2 of the last step; halves s when c stands out.
+    """Takes in c = g . d of the last step; halves s when it stands out.
 
     Right after a refresh c is not `comparable` with earlier ones: another subspace has
     been taken off the gradient.
@@ -103,7 +107,7 @@ def observe(
     memory = jnp.minimum(_MEMORY, 1 - 1 / jnp.maximum(seen, 1).astype(jnp.float32))
     limit = rate.slope_mean + _DEVIATIONS * rate.slope_deviation
     # With curvature h the slope after a step of scale s is below s h, however long.
-    steep = (rate.bend > 0) & ~(slope <= rate.scale * rate.bend * length)
+    steep = (rate.bend > 0) & ~(slope <= rate.taken * rate.bend * rate.length)
     alarm = (seen > _SETTLED) & ~(slope <= limit) | (seen < EARLY_STEPS) & steep
     alarm &= comparable
 
@@ -124,7 +128,7 @@ def observe(
     return rate._replace(
         scale=jnp.where(alarm, 0.5 * rate.scale, rate.scale),
         slope_sum=unless_cut(rate.slope_sum + kept),
-        length_sum=unless_cut(rate.length_sum + length),
+        length_sum=unless_cut(rate.length_sum + rate.length),
         slope_count=unless_cut(rate.slope_count + 1),
         slope_mean=mean,
         slope_deviation=deviation,
@@ -154,15 +158,14 @@ def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:
     return rate._replace(scale=jnp.maximum(scale, _SMALLEST))
 
 
-def adjust(
-    rate: RateState, bend: Array, length: Array, schedule: Array, largest: Array
-) -> RateState:
+def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateState:
     """Moves s towards s* = -a / h after a probe of `bend` = h / |d|^2.
 
     Growth compares s, shrinking compares s times the schedule, so that a decay
-    multiplies the rule without being fought by it.
+    multiplies the rule without being fought by it. A direction of length zero says
+    nothing.
     """
-    taken = schedule * rate.scale
+    taken = rate.taken
     slope = rate.slope_sum / jnp.where(rate.length_sum > 0, rate.length_sum, 1.0)
     past = jnp.minimum(_AVERAGE * rate.weight, _AVERAGE / (1 - _AVERAGE) * length)
     share = past / jnp.where(past + length > 0, past + length, 1.0)
@@ -187,7 +190,7 @@ def adjust(
     scale = jnp.where(
         best > rate.scale, grown, jnp.where(best < taken, shrunk, rate.scale)
     )
-    usable = jnp.isfinite(bend) & (rate.slope_count > 0)
+    usable = jnp.isfinite(bend) & (length > 0) & (rate.slope_count > 0)
     scale = jnp.where(usable, scale, rate.scale)
     return rate._replace(
         scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),

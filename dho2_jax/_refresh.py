@@ -104,7 +104,7 @@ def maybe_refresh(
     for early in config.early_refreshes:
         due |= since == early
     due &= state.enabled
-    part = tuple(jax.tree.leaves(params))
+    part = tuple(jnp.asarray(x) for x in jax.tree.leaves(params))
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
     return jax.lax.cond(due, lambda s: refreshed(s, part, products), lambda s: s, state)
@@ -209,7 +209,7 @@ def _probe_if_unprobed(
             subspace.eigenvectors.leaves,
             is_active(state._replace(subspace=subspace)),
         )
-        one, unlimited = jnp.ones(()), jnp.full((), jnp.inf)
-        return _rate.adjust(rate, *products.bend(along), one, unlimited)
+        unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
+        return _rate.adjust(rate, *products.bend(along), unlimited)
 
     return jax.lax.cond(unprobed, probe, lambda r: r, rate)

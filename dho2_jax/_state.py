@@ -55,13 +55,7 @@ def init_curvature(config: Config, params: PyTree) -> CurvatureState:
     layout = layouts.layout_of(params)
     if layout.shapes:
         rows = layouts.zeros(layout, (config.size,))
-        direction = layouts.Packed(
-            tuple(
-                jnp.zeros(jnp.shape(x), jnp.result_type(x))
-                for x in jax.tree.leaves(params)
-            ),
-            layout,
-        )
+        direction = layouts.zeros(layout)
     else:
         rows = jnp.zeros((config.size, 0), jnp.float32)
         direction = jnp.zeros((0,), jnp.float32)
@@ -127,8 +121,8 @@ def replace(
 def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
     """Switches DHO² on or off in mid-run; the base optimizer's state is kept.
 
-    Off, every update is exactly the base optimizer's. On again, the old subspace is
-    used until the next refresh; call `refresh` at once if it is old.
+    Off, every update is exactly the base optimizer's, times `rate_schedule`. On again,
+    the old subspace is used until the next refresh; call `refresh` at once if it is old.
 
     Args:
       state: Any nest of Optax states that holds one DHO² state.
@@ -163,7 +157,7 @@ def _check_one(found: list) -> None:
         what = "none" if not found else f"{len(found)} of them"
         raise ValueError(
             f"`state` must hold exactly one DHO² state, got {what}; pass the state of "
-            "dho2(...), or of any wrapper around one."
+            "dho2(...), or of any wrapper around one, as the first argument."
         )
 
 

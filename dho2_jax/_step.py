@@ -94,7 +94,7 @@ def join(
         )
         scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, rates.cap), 1.0)
     else:
-        scale, rate = _set_rate(state, parts, steps, rates, products)
+        scale, rate = _set_rate(state, parts, steps, overlap, rates, products)
         floor = _FLOOR
 
     momentum = _next_momentum(state, parts.inside, rates.decay)
@@ -119,6 +119,7 @@ def _set_rate(
     state: CurvatureState,
     parts: Split,
     steps: Leaves,
+    overlap: Array,
     rates: Rates,
     products: Products | None,
 ) -> tuple[Array, _rate.RateState]:
@@ -126,11 +127,10 @@ def _set_rate(
     rate = state.rate
     assert rate is not None
     use, started = jnp.any(parts.active), rate.steps > 0
-    last = rate.direction.leaves
+    last, steps = rate.direction.leaves, linalg.as_float32(steps)
     slope = linalg.vdot(parts.complement, last)
     comparable = state.counters.refreshed_at != state.count
-    seen = _rate.observe(rate, slope, linalg.vdot(last, last), comparable)
-    rate = _pick(use & started, seen, rate)
+    rate = _pick(use & started, _rate.observe(rate, slope, comparable), rate)
 
     if products is not None:
         slope_ahead = linalg.vdot(parts.complement, steps)
@@ -145,25 +145,28 @@ def _set_rate(
                 )
             )
             first = _rate.first_scale(rate, slope_ahead, bend * length)
-            later = _rate.adjust(rate, bend, length, rates.schedule, rates.cap)
+            later = _rate.adjust(rate, bend, length, rates.cap)
             return _pick(started, later, first)
 
         due = use & (_rate.is_due(rate) | ~started)
         rate = jax.lax.cond(due, probe, lambda r: r, rate)
 
-    rate = rate._replace(
-        scale=jnp.minimum(rate.scale, rates.cap),
+    rate = rate._replace(scale=jnp.minimum(rate.scale, rates.cap))
+    scale = jnp.where(use, rate.scale, 1.0)
+    outside = linalg.vdot(steps, steps) - jnp.sum(overlap**2)
+    return scale, rate._replace(
         steps=rate.steps + use.astype(jnp.int32),
-        direction=layouts.Packed(
-            linalg.cast_like(steps, rate.direction.leaves), rate.direction.layout
-        ),
+        direction=layouts.Packed(steps, rate.direction.layout),
+        length=jnp.maximum(outside, 0.0),
+        taken=rates.schedule * scale,
     )
-    return jnp.where(use, rate.scale, 1.0), rate
 
 
 def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:
     """Returns u after c0, by the recursion that `subspace_momentum` names."""
     kind, momentum = state.config.subspace_momentum, state.momentum
+    # One gradient that was not finite shall not stay in u for ever.
+    momentum = jnp.where(jnp.isfinite(momentum), momentum, 0.0)
     if kind == "heavy_ball":
         return beta * momentum + inside
     if kind == "nesterov":
@@ -179,11 +182,11 @@ def _shortening(
     The base turns a gradient of norm |g2| into a step of norm s |d|. The Newton part
     may be as long as that, or as long as the base would make it of u in place of g2,
     whichever is longer; the second lets the subspace go on when the complement has
-    converged first.
+    converged first. A base that does not move at all sets no bound.
     """
     slope, reach = linalg.norm(complement), scale * linalg.norm(steps)
     size, own = _norm(momentum), _norm(newton)
-    bounded = slope > _VANISHED * size
+    bounded = (slope > _VANISHED * size) & (reach > 0) & (own > 0)
     reach *= jnp.maximum(1.0, size / jnp.where(bounded, slope, 1.0))
     factor = jnp.minimum(1.0, reach / jnp.where(own > 0, own, 1.0))
     return jnp.where(bounded, factor, 1.0)

@@ -46,7 +46,8 @@ def dho2(
     Each step moves by $s\,d - \alpha V^\top (u / (|\lambda| + \delta))$: the base
     optimizer's update d of the gradient's complement, kept orthogonal to V and scaled
     by s, and the damped Newton step on the subspace momentum u. Before the first
-    refresh, and whenever no pair is valid, the update is the base optimizer's.
+    refresh, and whenever no pair is valid, the update is the base optimizer's (times
+    `rate_schedule`).
 
     The loop must hand the loss to `update` (refresh="periodic"), as
     `tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))`, or call

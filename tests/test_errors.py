@@ -193,6 +193,10 @@ UPDATE = {
         "`value_fn` real int32",
         lambda: update(value_fn=lambda p: jnp.sum(p["a"]).astype(jnp.int32)),
     ),
+    "loss_of_two": (
+        "`value_fn` parameters alone batch lambda",
+        lambda: update(value_fn=lambda p, batch: square(p)),
+    ),
     "loss_with_aux": (
         "`value_fn` one scalar aux [0]",
         lambda: update(value_fn=lambda p: (square(p), {"logits": p["a"]})),

@@ -1,5 +1,8 @@
 """The state carries its configuration: nests, NNX, save and restore, on and off."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,3 +301,25 @@ def test_off_from_the_start_never_refreshes():
     alone, _ = base.run(params, BASES["adam"]().init(params), 3)
     assert_same_numbers(plain, alone)
     assert int(dho2_jax.metrics(state)["refreshes"]) == 0
+
+
+def test_the_state_is_float32_under_x64(tmp_path):
+    """Users may enable x64; the branches of the refresh must still agree."""
+    script = tmp_path / "x64.py"
+    script.write_text(
+        "import jax, jax.numpy as jnp, optax, dho2_jax\n"
+        "jax.config.update('jax_enable_x64', True)\n"
+        "loss = lambda x: jnp.sum(jnp.arange(1.0, 9.0) * x**2)\n"
+        "tx = dho2_jax.dho2(optax.sgd(1e-2), num_largest=2, refresh_period=3)\n"
+        "x = jnp.ones(8)\n"
+        "state = tx.init(x)\n"
+        "grad = jax.grad(loss)\n"
+        "step = jax.jit(lambda x, s: tx.update(grad(x), s, x, value_fn=loss))\n"
+        "for _ in range(5):\n"
+        "    updates, new = step(x, state)\n"
+        "    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, state, new)\n"
+        "    assert all(jax.tree.leaves(same)) and x.dtype == jnp.float64\n"
+        "    x, state = x + updates, new\n"
+        "assert loss(x) < 36\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120)

@@ -101,6 +101,12 @@ def _run(arguments: Sequence[str]) -> int:
         raise UserError(
             f"there is no command `{others[0]}`; {nearest(others[0], COMMANDS)}"
         )
+    for argument in others:
+        if argument.startswith("--") and argument != "--help":
+            raise UserError(
+                f"`{argument}` is not an option; a field of the config is set by "
+                "--config.NAME=VALUE."
+            )
     options = parser.parse_args(others)
     if options.command is None:
         parser.print_help()

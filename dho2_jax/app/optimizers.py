@@ -25,9 +25,7 @@ BASE_DEFAULTS: dict[str, Any] = {
     "b2": 0.999,
     "weight_decay": 1e-4,  # adamw
 }
-# Arguments of dho2 without a field: the application runs on one device, and
-# `config.optimizer.schedule` takes the place of `rate_schedule`.
-NOT_FIELDS = ("mesh", "param_specs", "axis_name", "rate_schedule")
+NOT_FIELDS = ("rate_schedule",)  # `config.optimizer.schedule` takes its place
 
 
 class Optimizer(NamedTuple):

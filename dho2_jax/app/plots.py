@@ -50,7 +50,7 @@ def plot_runs(
     _finish_losses(steps, groups, "training steps", loss_label)
     _finish_losses(seconds, groups, "training time (seconds)", loss_label)
     steps.set_title("Loss against steps")
-    seconds.set_title("Loss against time, curvature included")
+    seconds.set_title("Loss against time (curvature in, compilation out)")
     _draw_spectrum(spectrum, hybrid[0] if hybrid else None)
     figure.suptitle(title, fontsize="x-large")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06, wspace=0.03)
@@ -98,7 +98,7 @@ def _mark_target(axes: Axes, groups: dict[str, list[Run]], against: int) -> None
             marker="o",
             color=COLOURS["dho2"],
             linestyle="",
-            label=f"as good as that after {hit:.3g} {('steps', 's')[against]}",
+            label=f"DHO² gets there after {hit:.3g} {('steps', 's')[against]}",
         )
 
 

@@ -7,6 +7,7 @@ Gets a task and an optimizer, knows neither files nor pictures.
 import contextlib
 import dataclasses
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -166,9 +167,17 @@ def train(
         return row
 
     record(0, True)
-    with tqdm(total=steps, desc=f"{optimizer.label}, seed {seed}", unit="step") as bar:
+    with tqdm(
+        total=steps,
+        desc=f"{optimizer.label}, seed {seed}",
+        unit="step",
+        mininterval=0.5,
+    ) as bar:
         start, logged = time.perf_counter(), 0
         for done in range(1, steps + 1):
+            if should_stop() and done == 1:  # pressed while the programs compiled
+                run.interrupted = True
+                break
             batch = task.dataset.train_batch(seed, done - 1)
             if programs.refresh and refresh_at and refresh_at(done - 1):
                 state = programs.refresh(state, params, batch)
@@ -212,6 +221,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def handler(number, frame):
         pressed.set()
+        tqdm.write("Stopping; Ctrl-C again to drop everything.", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, handler)
