@@ -122,7 +122,7 @@ def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
     """Switches DHO² on or off in mid-run; the base optimizer's state is kept.
 
     Off, every update is exactly the base optimizer's, times `rate_schedule`. On again,
-    the old subspace is used until the next refresh; call `refresh` at once if it is old.
+    the old subspace is used until the next refresh; call `refresh` if it is old.
 
     Args:
       state: Any nest of Optax states that holds one DHO² state.
