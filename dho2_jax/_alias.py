@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ready-made combinations: `dho2` on the common bases, and FOSI as published."""
+"""Ready-made combinations: `dho2` on the common bases, and FOSI as published.
+
+The aliases take the base's arguments and all keywords of `dho2`, of which
+`num_largest`, `refresh_period` and `early_refreshes` have other defaults: 24, 100 and
+(20, 50).
+"""
 
 import functools
 import inspect

@@ -5,8 +5,9 @@ All take the product with the tangent in each parameter's own dtype and return i
 float32, so that bfloat16 parameters work.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,8 @@ def hvp(value_fn: ValueFn, params: Params, *, linearize: bool = True) -> MatVec:
     Args:
       value_fn: `params -> ()`, the loss.
       params: Where; a pytree of real floating-point arrays.
-      linearize: Keep the gradient's intermediate values for all products (about half
-        the time), or recompute them in each (less memory). Static.
+      linearize: Keep the gradient's intermediate values for all products (5 to 20 %
+        less time on a CPU), or recompute them in each (less memory). Static.
 
     Returns:
       `matvec`, a pytree like `params` to a float32 pytree like `params`.
@@ -278,24 +279,18 @@ def _ggn_pair(value_fn):
     return value_fn
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(mode: str) -> Iterator[None]:
     """Turns JAX's complaint about a missing derivative rule into a remedy."""
-
-    def __init__(self, mode: str):
-        self.mode = mode
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind is None or not issubclass(kind, _DIFFERENTIATION_ERRORS):
-            return False
+    try:
+        yield
+    except _DIFFERENTIATION_ERRORS as error:
         text = str(error).lower()
-        if self.mode in ("hessian", "ggn") and "custom_vjp" in text:
-            raise ValueError(_TWICE.format(mode=self.mode)) from error
+        if mode in ("hessian", "ggn") and "custom_vjp" in text:
+            raise ValueError(_TWICE.format(mode=mode)) from error
         if any(word in text for word in ("differentia", "jvp", "vjp", "transpos")):
-            raise ValueError(_NO_DERIVATIVE.format(mode=self.mode)) from error
-        return False
+            raise ValueError(_NO_DERIVATIVE.format(mode=mode)) from error
+        raise
 
 
 def _product(
