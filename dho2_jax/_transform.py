@@ -57,7 +57,8 @@ def dho2(
       base_optimizer: Any Optax transformation, its learning rate included.
       num_largest: k, eigenpairs from the upper end. Static.
       num_smallest: l, eigenpairs from the lower end; k + l >= 1. Static.
-      num_matvecs: m >= k + l, Lanczos steps of a refresh; None: k + l + 4. Static.
+      num_matvecs: m >= k + l, Lanczos steps of a refresh, at most n; None: k + l + 4.
+        One product each, and one more that makes the first row. Static.
       refresh: "periodic": inside `update`, every `refresh_period` steps. "external":
         only by `dho2_jax.refresh`. Static.
       refresh_period: T, in updates. Static.
@@ -73,8 +74,8 @@ def dho2(
       base_rate: How s is set. "fixed": FOSI's s = clip(lambda_max / lambda_min kept of
         the largest, 1, c). "curvature": by the directional curvature along the base's
         own step, guarded; it starts at s <= 1 with the first valid subspace, and then
-        |lambda| has a floor of 0.01 lambda_max and the Newton part is at most as long
-        as the base part. It wins over the rate and any schedule inside the base (it
+        |lambda| has a floor of 0.01 lambda_max and the Newton part is no longer than
+        the base would have gone on the same gradient. It wins over the rate and any schedule inside the base (it
         measures the step and compensates): put schedules into `rate_schedule`. Static.
       rate_schedule: Multiplies the whole update; a cosine here is not fought by the
         curvature-set rate.
