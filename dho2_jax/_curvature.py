@@ -316,7 +316,7 @@ def _product(
         v = jax.tree.unflatten(jax.tree.structure(params), leaves)
         with _explained(mode):
             out = product(linalg.cast_like(v, params))
-        return jax.tree.map(lambda x: x.astype(jnp.float32), out)
+        return linalg.as_float32(out)
 
     return matvec
 

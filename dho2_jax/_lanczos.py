@@ -43,7 +43,7 @@ def start(
     Its first row is v0 / |v0|; or, `in_range`, what one more product makes of it, so
     that every row lies in the range of the operator.
     """
-    v0 = jax.tree.map(lambda x: x.astype(jnp.float32), v0)
+    v0 = linalg.as_float32(v0)
     norm = _norm(v0, inner)
     scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
     basis = jax.tree.map(
@@ -140,11 +140,9 @@ def recurrence_defect(state: LanczosState) -> Array:
     changed between products: another batch, another dropout key.
     """
     alphas, betas = tridiagonal(state)
-    m = alphas.shape[0]
-    off = betas[: m - 1]
-    expected = jnp.diag(alphas) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    expected = linalg.tridiagonal(alphas, betas)
     scale = jnp.max(jnp.abs(expected))
-    defect = jnp.max(jnp.abs(state.projected[:m] - expected))
+    defect = jnp.max(jnp.abs(state.projected[:-1] - expected))
     return defect / jnp.where(scale > 0, scale, 1.0)
 
 
@@ -195,8 +193,7 @@ def lanczos_tridiag(
                 f"`v0` must be real floating point, got a leaf of dtype "
                 f"{jnp.result_type(leaf)}; cast it first."
             )
-    v0 = jax.tree.map(jnp.asarray, v0)
-    v0 = jax.tree.map(lambda x: x.astype(jnp.float32), v0)
+    v0 = linalg.as_float32(jax.tree.map(jnp.asarray, v0))
     out = jax.eval_shape(matvec, v0)
     if jax.tree.structure(out) != jax.tree.structure(v0) or any(
         a.shape != b.shape

@@ -7,6 +7,7 @@ parameters in one and not in the other).
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ class Layout:
     @property
     def size(self) -> int:
         """n, the number of parameters."""
-        return sum(_size(s) for s in self.shapes)
+        return sum(map(math.prod, self.shapes))
 
 
 @jax.tree_util.register_dataclass
@@ -122,10 +123,3 @@ def restrict(params: PyTree, layout: Layout, name: str = "`params`"):
 
 def _is_hole(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for s in shape:
-        size *= s
-    return size

@@ -70,6 +70,12 @@ def gram(a: Rows, b: Rows) -> Array:
     return _total(terms, (num_rows(a), num_rows(b)))
 
 
+def tridiagonal(alphas: Array, betas: Array) -> Array:
+    """Returns the symmetric tridiagonal matrix; of `betas` the first m - 1 count."""
+    off = betas[: alphas.shape[0] - 1]
+    return jnp.diag(alphas) + jnp.diag(off, 1) + jnp.diag(off, -1)
+
+
 def matmul(matrix: Array, vector: Array) -> Array:
     """Returns a small matrix times a small vector, float32."""
     return _contract(matrix, vector, 1)

@@ -36,10 +36,7 @@ def products_at(
     if matvec_fn is not None:
         return part, _own_products(matvec_fn, params, part, layout)
 
-    for fn in value_fn[:1] if isinstance(value_fn, tuple) else (value_fn,):
-        if callable(fn):
-            curvature.check_takes_params(fn, params)
-    of_part = _of_part(value_fn, merge)
+    of_part = _of_part(value_fn, params, merge)
 
     def along(d: PyTree) -> Array:
         return curvature.directional_curvature(config.curvature, of_part, part, d)
@@ -86,14 +83,15 @@ def check_one_source(value_fn, matvec_fn, where: str) -> None:
         )
 
 
-def _of_part(value_fn: Any, merge: Callable) -> Any:
+def _of_part(value_fn: Any, params: Params, merge: Callable) -> Any:
     """Returns the loss, or the pair of "ggn", as a function of the state's leaves.
 
     Anything else is returned as it is: the curvature products say what is wrong.
     """
     if isinstance(value_fn, tuple) and len(value_fn) == 2:
-        return (_of_part(value_fn[0], merge), value_fn[1])
+        return (_of_part(value_fn[0], params, merge), value_fn[1])
     if callable(value_fn):
+        curvature.check_takes_params(value_fn, params)
         return lambda part: value_fn(merge(part))
     return value_fn
 
@@ -132,7 +130,7 @@ def _own_products(matvec_fn, params, part, layout) -> Products:
             _, merge = layouts.restrict(jax.tree.map(jnp.zeros_like, params), layout)
             out = matvec(merge(linalg.cast_like(tuple(v), part)))
             leaves, _ = layouts.restrict(out, layout, "the result of `matvec_fn`")
-            return tuple(x.astype(jnp.float32) for x in leaves)
+            return linalg.as_float32(tuple(leaves))
 
         return on_part
 
@@ -146,5 +144,5 @@ def _bend(along: Callable[[PyTree], Array], d: PyTree) -> tuple[Array, Array]:
     """Measures along d / |d|: a step of a small rate squared underflows in float16."""
     length = linalg.vdot(d, d)
     scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))
-    unit = jax.tree.map(lambda x: scale * x.astype(jnp.float32), d)
+    unit = jax.tree.map(lambda x: scale * x, linalg.as_float32(d))
     return jnp.abs(along(unit)), length

@@ -2,6 +2,7 @@
 """The refresh: from a loss and a point to a new subspace, accepted or rejected."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,8 @@ def should_refresh(
     check_integer("step", step, 0)
     check_integer("refresh_period", refresh_period, 1)
     check_integer("warmup_steps", warmup_steps, 0)
-    since = step - warmup_steps
     early = check_steps("early_refreshes", early_refreshes)
-    return since >= 0 and (since % refresh_period == 0 or since in early)
+    return _is_due(step - warmup_steps, refresh_period, early)
 
 
 def refresh(
@@ -100,14 +100,19 @@ def maybe_refresh(
     """Refreshes when the period is full; by the step count alone, on every device."""
     config = state.config
     since = state.count - config.warmup_steps
-    due = (since >= 0) & (since % config.refresh_period == 0)
-    for early in config.early_refreshes:
-        due |= since == early
-    due &= state.enabled
+    due = _is_due(since, config.refresh_period, config.early_refreshes) & state.enabled
     part = tuple(jnp.asarray(x) for x in jax.tree.leaves(params))
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
     return jax.lax.cond(due, lambda s: refreshed(s, part, products), lambda s: s, state)
+
+
+def _is_due(since: Any, refresh_period: int, early_refreshes: tuple[int, ...]) -> Any:
+    """The schedule, for a Python int and for a traced count alike."""
+    due = since % refresh_period == 0
+    for early in early_refreshes:
+        due |= since == early
+    return due & (since >= 0)
 
 
 def refreshed(

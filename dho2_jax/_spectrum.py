@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from dho2_jax import _linalg as linalg
 from dho2_jax._types import Array
 
 _NOISE = 64 * float(jnp.finfo(jnp.float32).eps)
@@ -39,8 +40,7 @@ def ritz_pairs(
       `RitzPairs`, slots `[smallest ascending, largest ascending]`.
     """
     m = alphas.shape[0]
-    off = betas[: m - 1]
-    tridiagonal = jnp.diag(alphas) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    tridiagonal = linalg.tridiagonal(alphas, betas)
     tridiagonal = jnp.where(jnp.isfinite(tridiagonal), tridiagonal, 0.0)
     # Dense eigh: eigenvectors from eigh_tridiagonal do not exist on TPU.
     theta, vectors = jnp.linalg.eigh(tridiagonal)

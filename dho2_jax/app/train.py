@@ -174,9 +174,9 @@ def train(
         mininterval=0.5,
     ) as bar:
         start, logged = time.perf_counter(), 0
+        run.interrupted = should_stop()  # pressed while the programs compiled
         for done in range(1, steps + 1):
-            if should_stop() and done == 1:  # pressed while the programs compiled
-                run.interrupted = True
+            if run.interrupted:
                 break
             batch = task.dataset.train_batch(seed, done - 1)
             if programs.refresh and refresh_at and refresh_at(done - 1):
@@ -193,8 +193,6 @@ def train(
                 bar.set_postfix_str(_progress(row), refresh=False)
                 bar.update(done - logged)
                 start, logged = time.perf_counter(), done
-            if run.interrupted:
-                break
     return run
 
 
