@@ -23,6 +23,8 @@ from dho2_jax._metrics import metrics as metrics
 from dho2_jax._metrics import subspace as subspace
 from dho2_jax._refresh import refresh as refresh
 from dho2_jax._refresh import should_refresh as should_refresh
+from dho2_jax._specs import state_shardings as state_shardings
+from dho2_jax._specs import state_specs as state_specs
 from dho2_jax._state import DHO2State as DHO2State
 from dho2_jax._state import set_enabled as set_enabled
 from dho2_jax._subspace import Subspace as Subspace

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dho2_jax._curvature import OPERATORS
 
@@ -29,6 +30,10 @@ STATIC_ARGS = (
     "curvature",
     "negative_curvature",
     "seed",
+    "mesh",
+    "param_specs",
+    "axis_name",
+    "shard_base_state",
 )
 """Arguments of `dho2` and its aliases that `optax.inject_hyperparams` must keep static.
 """
@@ -51,6 +56,10 @@ class Config:
     curvature: str
     negative_curvature: str
     seed: int
+    mesh: Mesh | None
+    param_specs: tuple[Any, tuple[Any, ...]] | None  # flattened: tree and leaves
+    axis_name: tuple[str, ...]
+    shard_base_state: bool
 
     @property
     def size(self) -> int:
@@ -72,6 +81,10 @@ def make_config(
     curvature: str,
     negative_curvature: str | None,
     seed: int,
+    mesh: Any,
+    param_specs: Any,
+    axis_name: Any,
+    shard_base_state: bool | None,
 ) -> Config:
     """Returns the checked configuration with its defaults filled in.
 
@@ -104,6 +117,14 @@ def make_config(
         negative_curvature = "abs" if base_rate == "fixed" else "base"
     check_choice("negative_curvature", negative_curvature, NEGATIVE_CURVATURE)
     check_integer("seed", seed, 0)
+    axis_name = _check_where(mesh, param_specs, axis_name)
+    if shard_base_state is None:
+        shard_base_state = mesh is not None
+    if not isinstance(shard_base_state, bool):
+        raise ValueError(
+            f"`shard_base_state` must be True, False or None, got "
+            f"{_shown(shard_base_state)}; leave it None for True with mesh=."
+        )
     return Config(
         num_largest=int(num_largest),
         num_smallest=int(num_smallest),
@@ -117,7 +138,49 @@ def make_config(
         curvature=curvature,
         negative_curvature=negative_curvature,
         seed=int(seed),
+        mesh=mesh,
+        param_specs=_frozen(param_specs),
+        axis_name=axis_name,
+        shard_base_state=shard_base_state,
     )
+
+
+def _check_where(mesh: Any, param_specs: Any, axis_name: Any) -> tuple[str, ...]:
+    """Returns `axis_name` as a tuple, or raises if the three do not go together."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"`mesh` must be a jax.sharding.Mesh, got {_shown(mesh)}; make one with "
+            "jax.make_mesh."
+        )
+    if mesh is None and param_specs is not None:
+        raise ValueError(
+            "`param_specs` must come with `mesh`, got it without; pass mesh= too."
+        )
+    if axis_name is None:
+        return ()
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple | list) or not names:
+        raise ValueError(
+            "`axis_name` must be the name of an axis or a tuple of names, got "
+            f"{_shown(axis_name)}; pass for example 'data'."
+        )
+    if mesh is not None:
+        raise ValueError(
+            f"`axis_name` must be None with `mesh`, got {_shown(axis_name)}; use mesh= "
+            "for global arrays and axis_name= inside your own shard_map or pmap."
+        )
+    return tuple(names)
+
+
+def _frozen(specs: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Returns a tree of partition specs as hashable parts."""
+    if specs is None:
+        return None
+    leaves, treedef = jax.tree.flatten(
+        specs,
+        is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | NamedSharding),
+    )
+    return treedef, tuple(leaves)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

@@ -6,7 +6,8 @@ recursion is also available one product at a time (`start`, `step`), so that the
 products may come from anywhere and at any pace.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def start(
     that every row lies in the range of the operator.
     """
     v0 = linalg.as_float32(v0)
-    norm = _norm(v0, inner)
+    norm = linalg.norm(v0, inner)
     scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
     basis = jax.tree.map(
         lambda x: (
@@ -77,17 +78,36 @@ def step(
     coefficients are also the measured column of V H V^T. When what is left is rounding,
     the next row is zero: then all later products and coefficients are zero too, and the
     recursion has ended without a branch.
+
+    A vector is written into the next row before its coefficients are taken, so that its
+    norm comes with them: two reductions of m + 1 numbers a product.
     """
     basis, projected, betas, j = state
-    before = _norm(product, inner)
     # At j = -1 row 0 holds the vector that the first row is made from: no part of the
     # basis. Column -1 is the last one, which the last step overwrites.
-    first = jnp.where(j < 0, 0.0, inner(basis, product))
-    left = linalg.add_scaled(product, -1.0, linalg.combine(first, basis))
-    second = jnp.where(j < 0, 0.0, inner(basis, left))
-    left = linalg.add_scaled(left, -1.0, linalg.combine(second, basis))
+    known = jnp.arange(betas.shape[0] + 1) <= j
+
+    def write(basis: Rows, row: PyTree) -> Rows:
+        return jax.tree.map(
+            lambda b, w: jax.lax.dynamic_update_index_in_dim(b, w, j + 1, 0), basis, row
+        )
+
+    def remove(basis: Rows, vector: PyTree) -> tuple[PyTree, Array, Array]:
+        """Returns what is left of the last row, its coefficients and squared norm."""
+        overlaps = inner(basis, vector)
+        coefficients = jnp.where(known, overlaps, 0.0)
+        left = linalg.add_scaled(vector, -1.0, linalg.combine(coefficients, basis))
+        return left, coefficients, overlaps[j + 1]
+
+    product = linalg.as_float32(product)
+    basis = write(basis, product)
+    left, first, square = remove(basis, product)
+    before = jnp.sqrt(square)
+    basis = write(basis, left)
+    left, second, square = remove(basis, left)
     column = first + second
-    beta = _norm(left, inner)
+    # Pythagoras. Where it cancels, all of `left` is rounding and the recursion ends.
+    beta = jnp.sqrt(jnp.maximum(square - jnp.sum(second**2), 0.0))
 
     # Rounding relative to this product, or far below the operator's own scale; the
     # second alone would end the recursion on spectra that merely decay fast.
@@ -96,11 +116,7 @@ def step(
     beta = jnp.where(ended, 0.0, beta)
     inverse = jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, beta))
 
-    basis = jax.tree.map(
-        lambda b, w: jax.lax.dynamic_update_index_in_dim(b, inverse * w, j + 1, 0),
-        basis,
-        left,
-    )
+    basis = write(basis, jax.tree.map(lambda w: inverse * w, left))
     projected = jax.lax.dynamic_update_index_in_dim(projected, column, j, 1)
     coupling = jnp.where(j < 0, 0.0, beta)
     projected = projected.at[j + 1, j].set(coupling)
@@ -111,7 +127,7 @@ def run(
     matvec: MatVec,
     v0: PyTree,
     num_matvecs: int,
-    inner: Inner = linalg.inner,
+    apply: Callable[..., Any] = lambda fn, *args: fn(linalg.inner, *args),
     *,
     in_range: bool = False,
 ) -> LanczosState:
@@ -119,13 +135,18 @@ def run(
 
     `num_matvecs` of them, and one more when it has to start in the operator's range; as
     part of the same loop, since a second copy of the product would be compiled twice.
+    `apply(fn, *args)` says where all but the products runs: it calls `fn(inner, *args)`
+    with its inner product.
     """
 
     def body(_, state):
-        return step(state, matvec(current_vector(state)), inner)
+        product = matvec(apply(lambda _, s: current_vector(s), state))
+        return apply(lambda inner, s, w: step(s, w, inner), state, product)
 
-    state = start(v0, num_matvecs, inner, in_range=in_range)
-    return jax.lax.fori_loop(0, num_matvecs + in_range, body, state)
+    def begin(inner, v0):
+        return start(v0, num_matvecs, inner, in_range=in_range)
+
+    return jax.lax.fori_loop(0, num_matvecs + in_range, body, apply(begin, v0))
 
 
 def tridiagonal(state: LanczosState) -> tuple[Array, Array]:
@@ -203,7 +224,7 @@ def lanczos_tridiag(
             "`matvec` must return a pytree with the structure and shapes of `v0`, got "
             f"{jax.tree.map(lambda x: x.shape, out)}; it must be a square linear map."
         )
-    state = run(matvec, v0, num_matvecs, inner)
+    state = run(matvec, v0, num_matvecs, lambda fn, *args: fn(inner, *args))
     alphas, betas = tridiagonal(state)
     return LanczosResult(
         alphas=alphas,
@@ -211,7 +232,3 @@ def lanczos_tridiag(
         basis=jax.tree.map(lambda b: b[:-1], state.basis),
         residual=jax.tree.map(lambda b: betas[-1] * b[-1], state.basis),
     )
-
-
-def _norm(x: PyTree, inner: Inner) -> Array:
-    return jnp.sqrt(inner(jax.tree.map(lambda a: a[None], x), x)[0])

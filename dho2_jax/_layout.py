@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vectors lie in the state: leaves in flattened order, with the way back.
+"""How vectors are stored: large leaves as they are, all others packed into one slab.
 
-A stored vector is matched with gradients by its leaves and never by its tree
-structure, since wrappers change that between `init` and `update` (Flax NNX boxes
-parameters in one and not in the other).
+What a stored vector looks like depends on the shapes of the parameters alone, so that
+one saved state can be moved between any numbers of devices. Leaves are matched by their
+order and never by their tree, since wrappers change that between `init` and `update`
+(Flax NNX boxes parameters in one and not in the other).
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,29 +16,65 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dho2_jax._types import PyTree
+from dho2_jax._sharding import SPLITS, Placement
+from dho2_jax._types import Array, PyTree
+
+LANES = 128
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The static facts about the parameters: their tree and their shapes."""
+    """The static facts about the parameters, and where their slices lie."""
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
+    placement: Placement | None = None  # None: wherever the caller's arrays are
 
     @property
     def size(self) -> int:
         """n, the number of parameters."""
         return sum(map(math.prod, self.shapes))
 
+    @functools.cached_property
+    def whole(self) -> tuple[int, ...]:
+        """Which leaves are stored as they are: those that any pod can split evenly."""
+        return tuple(
+            i
+            for i, shape in enumerate(self.shapes)
+            if len(shape) >= 2
+            and math.prod(shape)
+            and any(n % SPLITS == 0 for n in shape)
+        )
+
+    @functools.cached_property
+    def small(self) -> tuple[int, ...]:
+        """Which leaves are packed into the slab."""
+        return tuple(i for i in range(len(self.shapes)) if i not in self.whole)
+
+    @functools.cached_property
+    def stored(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the stored arrays: the whole leaves, then the slab.
+
+        The slab is `(rows, 128)`; its rows are a multiple of a power of two that grows
+        with the model, so that padding stays below 0.4 % of it and the rows divide over
+        as many devices as such a model would be trained on.
+        """
+        shapes = tuple(self.shapes[i] for i in self.whole)
+        if not self.small:
+            return shapes
+        step = 2 ** int(math.log2(max(self.size, 1) / 2**15 + 1e-9))
+        step = max(step, SPLITS if self.size >= 2**20 else 8)
+        rows = -(-sum(math.prod(self.shapes[i]) for i in self.small) // LANES)
+        return (*shapes, (max(1, -(-rows // step)) * step, LANES))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A vector, or rows of vectors, as a tuple of leaves with its layout."""
+    """A vector, or rows of vectors, as a tuple of stored arrays with its layout."""
 
-    leaves: tuple[jax.Array, ...]
+    leaves: tuple[Array, ...]
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 
@@ -49,14 +87,58 @@ def layout_of(params: PyTree) -> Layout:
 def zeros(layout: Layout, rows: tuple[int, ...] = ()) -> Packed:
     """Returns a vector of zeros, or `(rows,)` of them, float32."""
     return Packed(
-        tuple(jnp.zeros((*rows, *shape), jnp.float32) for shape in layout.shapes),
+        tuple(jnp.zeros((*rows, *shape), jnp.float32) for shape in layout.stored),
         layout,
     )
 
 
-def unpack(packed: Packed) -> PyTree:
-    """Returns the stored leaves under the tree that the parameters had at `init`."""
-    return jax.tree.unflatten(packed.layout.treedef, packed.leaves)
+def to_slab(layout: Layout, small: list[Array]) -> Array:
+    """Returns the slab `(rows, 128)` that holds the small leaves, float32."""
+    flat = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in small])
+    rows, lanes = layout.stored[-1]
+    return jnp.pad(flat, (0, rows * lanes - flat.size)).reshape(rows, lanes)
+
+
+def from_slab(layout: Layout, slab: Array) -> list[Array]:
+    """Returns the small leaves in a slab `(..., rows, 128)`."""
+    front = slab.shape[:-2]
+    flat, start, small = slab.reshape(*front, -1), 0, []
+    for i in layout.small:
+        shape = layout.shapes[i]
+        piece = jax.lax.slice_in_dim(flat, start, start + math.prod(shape), axis=-1)
+        small.append(piece.reshape(*front, *shape))
+        start += math.prod(shape)
+    return small
+
+
+def in_order(layout: Layout, whole: list[Any], small: list[Any]) -> list[Any]:
+    """Returns one list, in the parameters' order, of what belongs to each leaf."""
+    places = dict(zip((*layout.whole, *layout.small), (*whole, *small), strict=True))
+    return [places[i] for i in range(len(layout.shapes))]
+
+
+def noise(layout: Layout, bits: Array) -> Packed:
+    """Returns a vector of numbers in [-1, 1) that depend on `bits` and their places.
+
+    `bits` is `(stored arrays,)`, uint32. A hash of each number's place, and not a draw
+    of `jax.random`: it compiles to next to nothing, a device that needs a slice makes
+    that slice, and the whole does not depend on the number of devices. As a start for
+    Lanczos any vector in general position will do.
+    """
+
+    def leaf(shape: tuple[int, ...], seed: Array) -> Array:
+        place, stride = jnp.zeros(shape, jnp.uint32), 1
+        for dim in reversed(range(len(shape))):
+            iota = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+            place += jnp.uint32(stride % 2**32) * iota
+            stride *= shape[dim]
+        x = place * jnp.uint32(0x9E3779B1) + seed
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return x.astype(jnp.float32) * 2.0**-31 - 1
+
+    leaves = tuple(leaf(s, bits[i]) for i, s in enumerate(layout.stored))
+    return Packed(leaves, layout)
 
 
 def check_shapes(leaves: list, layout: Layout, name: str) -> None:

@@ -12,7 +12,7 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
-from dho2_jax._types import Array, PyTree, Rows
+from dho2_jax._types import Array, Inner, PyTree, Rows
 
 
 def _contract(a: Array, b: Array, axes) -> Array:
@@ -43,10 +43,15 @@ def inner(rows: Rows, vector: PyTree) -> Array:
     return _total(terms, (num_rows(rows),))
 
 
-def vdot(x: PyTree, y: PyTree) -> Array:
+def vdot(x: PyTree, y: PyTree, inner: Inner | None = None) -> Array:
     """Returns the inner product of two vectors: `()`, float32."""
-    terms = jax.tree.leaves(jax.tree.map(lambda a, b: _contract(a, b, a.ndim), x, y))
-    return _total(terms, ())
+    if not jax.tree.leaves(x):
+        return jnp.zeros((), jnp.float32)
+    if inner is None:
+        # No contraction: Explicit axes refuse one over what they split.
+        products = jax.tree.map(jnp.multiply, as_float32(x), as_float32(y))
+        return _total([jnp.sum(p) for p in jax.tree.leaves(products)], ())
+    return inner(jax.tree.map(lambda a: a[None], x), y)[0]
 
 
 def combine(coefficients: Array, rows: Rows) -> PyTree:
@@ -59,15 +64,9 @@ def rotate(matrix: Array, rows: Rows) -> Rows:
     return combine(matrix, rows)
 
 
-def gram(a: Rows, b: Rows) -> Array:
+def gram(a: Rows, b: Rows, inner: Inner = inner) -> Array:
     """Returns all inner products between rows of `a` and rows of `b`: `(a, b)`."""
-
-    def leaf(x, y):
-        axes = tuple(range(1, x.ndim))
-        return _contract(x, y, (axes, axes))
-
-    terms = jax.tree.leaves(jax.tree.map(leaf, a, b))
-    return _total(terms, (num_rows(a), num_rows(b)))
+    return jax.vmap(lambda row: inner(a, row), out_axes=1)(b)
 
 
 def tridiagonal(alphas: Array, betas: Array) -> Array:
@@ -98,6 +97,6 @@ def cast_like(x: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a.astype(b.dtype), x, like)
 
 
-def norm(x: PyTree) -> Array:
+def norm(x: PyTree, inner: Inner | None = None) -> Array:
     """Returns the Euclidean norm of a vector: `()`, float32."""
-    return jnp.sqrt(vdot(x, x))
+    return jnp.sqrt(vdot(x, x, inner))

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read-only views of the state, found in any nest of Optax states."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
 from dho2_jax import _layout as layouts
 from dho2_jax import _subspace as subspaces
+from dho2_jax._slices import gather
 from dho2_jax._state import find, is_active
 from dho2_jax._types import Array, PyTree
 
@@ -24,10 +28,16 @@ def subspace(state: PyTree) -> subspaces.Subspace:
     Raises:
       ValueError: If `state` holds no DHO² state, or several.
     """
-    ours = find(state).subspace
+    config, ours = find(state).config, find(state).subspace
     vectors = ours.eigenvectors
     if isinstance(vectors, layouts.Packed):
-        vectors = layouts.unpack(vectors)
+        whole = ((config.size, *shape) for shape in vectors.layout.stored)
+        if config.axis_name and [x.shape for x in vectors.leaves] == list(whole):
+            # Outside the caller's shard_map, which has put the slices together.
+            layout = dataclasses.replace(vectors.layout, placement=None)
+            vectors = layouts.Packed(vectors.leaves, layout)
+        leaves = gather(vectors, [jnp.float32] * len(vectors.layout.shapes))
+        vectors = jax.tree.unflatten(vectors.layout.treedef, leaves)
     return ours._replace(eigenvectors=vectors)
 
 

@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dho2_jax import _axes as axes
 from dho2_jax import _curvature as curvature
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
+from dho2_jax import _slices as slices
 from dho2_jax._config import Config
+from dho2_jax._layout import Packed
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
 
 
 class Products(NamedTuple):
-    """The curvature at one point, as functions of the stored vectors' leaves."""
+    """The curvature at one point, as functions of vectors in slices."""
 
     matvec: Callable[[], MatVec]  # built where it is used: it may hold intermediates
-    bend: Callable[[PyTree], tuple[Array, Array]]  # d -> |d . H d| / |d|^2, |d|^2
+    bend: Callable[[Packed], tuple[Array, Array]]  # d -> |d . H d| / |d|^2, |d|^2
 
 
 def products_at(
@@ -30,20 +33,27 @@ def products_at(
 ) -> tuple[tuple[Array, ...], Products]:
     """Returns the parameters' leaves that belong to the state, and their products."""
     curvature.check_not_empty(params, "a curvature product")
+    if config.axis_name:
+        # A derivative with respect to parameters that are equal on all devices would
+        # be summed over them; each device shall have that of its own loss.
+        params = axes.varying(jax.tree.map(jnp.asarray, params), config.axis_name)
     leaves, merge = layouts.restrict(params, layout)
     part = tuple(jnp.asarray(x) for x in leaves)
     curvature.check_params(part, "a curvature product")
     if matvec_fn is not None:
-        return part, _own_products(matvec_fn, params, part, layout)
+        build, along = _own_products(matvec_fn, params, part, layout)
+    else:
+        of_part = _of_part(value_fn, params, merge)
 
-    of_part = _of_part(value_fn, params, merge)
+        def build() -> MatVec:
+            return curvature.build_matvec(config.curvature, of_part, part)
 
-    def along(d: PyTree) -> Array:
-        return curvature.directional_curvature(config.curvature, of_part, part, d)
+        def along(d: PyTree) -> Array:
+            return curvature.directional_curvature(config.curvature, of_part, part, d)
 
     return part, Products(
-        matvec=lambda: curvature.build_matvec(config.curvature, of_part, part),
-        bend=lambda d: _bend(along, d),
+        matvec=lambda: _in_slices(config, layout, part, build()),
+        bend=lambda d: _bend(config, layout, part, along, d),
     )
 
 
@@ -111,7 +121,28 @@ def _check_takes_holes(value_fn: Any, params: Params) -> None:
         ) from error
 
 
-def _own_products(matvec_fn, params, part, layout) -> Products:
+def _in_slices(config: Config, layout, part, matvec: MatVec) -> MatVec:
+    """Returns the product as a map between vectors in slices.
+
+    With `axis_name=` each device's product is of its own share of the batch, and their
+    mean is taken as it is cut into slices.
+    """
+
+    def product(v: Packed) -> Packed:
+        out = matvec(_whole(config, v, part))
+        leaves = jax.tree.leaves(linalg.as_float32(out))
+        return slices.scatter(layout, leaves, mean=bool(config.axis_name))
+
+    return product
+
+
+def _whole(config: Config, v: Packed, part: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Returns a vector's leaves where and as the parameters are."""
+    leaves = tuple(slices.gather(v, [x.dtype for x in part]))
+    return axes.varying(leaves, config.axis_name) if config.axis_name else leaves
+
+
+def _own_products(matvec_fn, params, part, layout) -> tuple[Callable, Callable]:
     if not callable(matvec_fn):
         raise ValueError(
             "`matvec_fn` must be a function of the parameters, got "
@@ -134,15 +165,21 @@ def _own_products(matvec_fn, params, part, layout) -> Products:
 
         return on_part
 
-    return Products(
-        matvec=build,
-        bend=lambda d: _bend(lambda v: linalg.vdot(v, build()(tuple(v))), d),
-    )
+    return build, lambda v: linalg.vdot(v, build()(v))
 
 
-def _bend(along: Callable[[PyTree], Array], d: PyTree) -> tuple[Array, Array]:
+def _bend(
+    config: Config, layout, part, along: Callable[[PyTree], Array], d: Packed
+) -> tuple[Array, Array]:
     """Measures along d / |d|: a step of a small rate squared underflows in float16."""
-    length = linalg.vdot(d, d)
-    scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))
-    unit = jax.tree.map(lambda x: scale * x, linalg.as_float32(d))
-    return jnp.abs(along(unit)), length
+
+    def normed(inner, d: Packed) -> tuple[Packed, Array]:
+        length = linalg.vdot(d, d, inner)
+        scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))
+        return jax.tree.map(lambda x: scale * x, linalg.as_float32(d)), length
+
+    unit, length = slices.on_slices(layout, normed, d)
+    bend = along(_whole(config, unit, part))
+    if config.axis_name:
+        bend = axes.mean(bend, config.axis_name)
+    return jnp.abs(bend), length

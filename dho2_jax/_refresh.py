@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The refresh: from a loss and a point to a new subspace, accepted or rejected."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dho2_jax import _lanczos as lanczos
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
 from dho2_jax import _rate
+from dho2_jax import _slices as slices
 from dho2_jax import _spectrum as spectrum
 from dho2_jax import _subspace as subspaces
 from dho2_jax._config import Config, check_integer, check_steps
 from dho2_jax._products import Products, check_one_source, products_at
 from dho2_jax._state import CurvatureState, is_active, layout_of_state, replace
-from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
+from dho2_jax._types import Array, Inner, MatVec, Params, PyTree, ValueFn
 
 _DEFECT = 1e-2  # the largest recurrence defect of a refresh in float32
 
@@ -120,30 +121,24 @@ def refreshed(
 ) -> CurvatureState:
     """Returns the state after one refresh at the parameters `part`."""
     config, old, counters = state.config, state.subspace, state.counters
+    layout = layout_of_state(state)
     attempt = counters.refreshes + counters.rejected
-    new, defect, scale = compute_subspace(
-        config, part, products.matvec(), attempt, old.eigenvectors.layout
-    )
+    new, defect, scale = compute_subspace(config, layout, products.matvec(), attempt)
     # Products in bfloat16 are symmetric only to their own rounding.
     rounding = max(float(jnp.finfo(x.dtype).eps) for x in part)
-    accept = subspaces.is_acceptable(new, scale) & (
-        defect <= max(_DEFECT, 4 * rounding)
-    )
-    change = subspaces.change_of_basis(old, new)
-    moved = linalg.matmul(change, state.momentum)
     rate = state.rate
-    if rate is not None:
-        rate = _off_subspace(rate, old, is_active(state))
-        accept &= jnp.isfinite(linalg.norm(rate.direction.leaves))
-    # What reads the old rows decides over `accept`, so that it comes before the choice:
-    # XLA can then make the choice in place, and an untaken refresh copies nothing.
-    accept &= jnp.all(jnp.isfinite(change))
+    direction = None if rate is None else rate.direction
+    usable, change, direction = slices.on_slices(
+        layout, _compare, new, old, scale, direction, is_active(state)
+    )
+    accept = usable & (defect <= max(_DEFECT, 4 * rounding))
+    moved = linalg.matmul(change, state.momentum)
 
     def choose(a, b):
         return jax.tree.map(lambda x, y: jnp.where(accept, x, y), a, b)
 
     if rate is not None:
-        rate = choose(rate, state.rate)
+        rate = choose(rate._replace(direction=direction), rate)
         rate = _probe_if_unprobed(state._replace(rate=rate), choose(new, old), products)
     return state._replace(
         subspace=choose(new, old),
@@ -159,29 +154,26 @@ def refreshed(
 
 
 def compute_subspace(
-    config: Config,
-    part: tuple[Array, ...],
-    matvec: MatVec,
-    attempt: Array,
-    layout: layouts.Layout,
+    config: Config, layout: layouts.Layout, matvec: MatVec, attempt: Array
 ) -> tuple[subspaces.Subspace, Array, Array]:
     """Returns a new subspace, its recurrence defect and the operator's scale."""
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
-    # One draw for all leaves: each one more would compile its own generator.
-    flat = jax.random.normal(key, (layout.size,), jnp.float32)
-    ends = np.cumsum([x.size for x in part])[:-1]
-    noise = tuple(
-        piece.reshape(x.shape)
-        for piece, x in zip(jnp.split(flat, ends), part, strict=True)
+    bits = jax.random.bits(key, (len(layout.stored),), jnp.uint32)
+    run = lanczos.run(
+        matvec,
+        slices.cut(layouts.noise(layout, bits)),
+        min(config.num_matvecs, layout.size),
+        functools.partial(slices.on_slices, layout),
+        in_range=True,
     )
-    num_matvecs = min(config.num_matvecs, layout.size)
-    run = lanczos.run(matvec, noise, num_matvecs, in_range=True)
     alphas, betas = lanczos.tridiagonal(run)
     pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
     weights = jnp.pad(pairs.weights, ((0, 0), (0, 1)))
     new = subspaces.Subspace(
         eigenvalues=pairs.eigenvalues,
-        eigenvectors=layouts.Packed(linalg.rotate(weights, run.basis), layout),
+        eigenvectors=slices.on_slices(
+            layout, lambda _, w, rows: linalg.rotate(w, rows), weights, run.basis
+        ),
         valid=pairs.valid,
         next_eigenvalue=pairs.next_eigenvalue,
         residuals=pairs.residuals,
@@ -190,14 +182,27 @@ def compute_subspace(
     return new, lanczos.recurrence_defect(run), scale
 
 
-def _off_subspace(
-    rate: _rate.RateState, old: subspaces.Subspace, active: Array
-) -> _rate.RateState:
-    """Takes the last direction off the subspace that its step was orthogonal to."""
-    direction = subspaces.project_out(
-        rate.direction.leaves, old.eigenvectors.leaves, active
-    )
-    return rate._replace(direction=layouts.Packed(direction, rate.direction.layout))
+def _compare(
+    inner: Inner,
+    new: subspaces.Subspace,
+    old: subspaces.Subspace,
+    scale: Array,
+    direction: layouts.Packed | None,
+    active: Array,
+) -> tuple[Array, Array, layouts.Packed | None]:
+    """Returns whether `new` may be used, V_new V_old^T, and the last direction.
+
+    The direction is taken off the subspace that its step was orthogonal to. What reads
+    the old rows decides over acceptance, so that it comes before the choice: XLA can
+    then make the choice in place, and an untaken refresh copies nothing.
+    """
+    usable = subspaces.is_acceptable(new, scale, inner)
+    change = subspaces.change_of_basis(old, new, inner)
+    usable &= jnp.all(jnp.isfinite(change))
+    if direction is not None:
+        direction = subspaces.project_out(direction, old.eigenvectors, active, inner)
+        usable &= jnp.isfinite(linalg.norm(direction, inner))
+    return usable, change, direction
 
 
 def _probe_if_unprobed(
@@ -207,12 +212,15 @@ def _probe_if_unprobed(
     rate = state.rate
     assert rate is not None
     unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
+    active = is_active(state._replace(subspace=subspace))
 
     def probe(rate: _rate.RateState) -> _rate.RateState:
-        along = subspaces.project_out(
-            rate.direction.leaves,
-            subspace.eigenvectors.leaves,
-            is_active(state._replace(subspace=subspace)),
+        along = slices.on_slices(
+            layout_of_state(state),
+            lambda inner, d, rows, on: subspaces.project_out(d, rows, on, inner),
+            rate.direction,
+            subspace.eigenvectors,
+            active,
         )
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
         return _rate.adjust(rate, *products.bend(along), unlimited)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of the transformation, and how to find it in a nest of Optax states."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import optax
 
 from dho2_jax import _layout as layouts
 from dho2_jax import _rate
+from dho2_jax import _sharding as sharding
+from dho2_jax import _slices as slices
 from dho2_jax import _subspace as subspaces
 from dho2_jax._config import Config
 from dho2_jax._types import Array, PyTree
@@ -52,13 +55,16 @@ def init_curvature(config: Config, params: PyTree) -> CurvatureState:
     of parameters pass, single empty arrays stand for the stored vectors: such a state
     is a prefix of the real one.
     """
-    layout = layouts.layout_of(params)
+    layout = placed_layout(config, params)
     if layout.shapes:
-        rows = layouts.zeros(layout, (config.size,))
-        direction = layouts.zeros(layout)
+        rows, direction = slices.new_zeros(layout, (config.size,)), None
     else:
         rows = jnp.zeros((config.size, 0), jnp.float32)
         direction = jnp.zeros((0,), jnp.float32)
+    if config.base_rate == "fixed":
+        rate = None
+    else:
+        rate = _rate.start(slices.new_zeros(layout) if direction is None else direction)
     return CurvatureState(
         config=config,
         count=jnp.zeros((), jnp.int32),
@@ -72,8 +78,32 @@ def init_curvature(config: Config, params: PyTree) -> CurvatureState:
             refreshed_at=jnp.full((), -1, jnp.int32),
             recurrence_defect=jnp.zeros((), jnp.float32),
         ),
-        rate=_rate.start(direction) if config.base_rate == "curvature" else None,
+        rate=rate,
     )
+
+
+def placed_layout(config: Config, params: PyTree) -> layouts.Layout:
+    """Returns the layout of the parameters with the place of its slices.
+
+    Raises:
+      ValueError: If the parameters or `param_specs` do not fit the mesh.
+    """
+    layout = layouts.layout_of(params)
+    if config.mesh is not None:
+        place = sharding.place_on_mesh(
+            config.mesh,
+            sharding.read_specs(params, config.mesh, config.param_specs),
+            layout.whole,
+            layout.stored,
+        )
+    elif config.axis_name:
+        place = sharding.place_on_axes(
+            config.axis_name, len(layout.shapes), len(layout.whole), layout.stored
+        )
+    else:
+        sharding.check_not_explicit(params)
+        place = None
+    return dataclasses.replace(layout, placement=place)
 
 
 def is_active(state: CurvatureState) -> Array:
@@ -97,7 +127,7 @@ def layout_of_state(state: CurvatureState) -> layouts.Layout:
 
 def find(state: PyTree) -> CurvatureState:
     """Returns the one curvature state in any nest of Optax states, unboxed."""
-    found = [s for s in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(s)]
+    found = [s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)]
     _check_one(found)
     return _unboxed(found[0].curvature)
 
@@ -106,16 +136,16 @@ def replace(
     state: PyTree, change: Callable[[CurvatureState], CurvatureState]
 ) -> PyTree:
     """Returns the nest with its one curvature state changed, boxed as it was."""
-    _check_one([s for s in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(s)])
+    _check_one([s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)])
 
     def visit(node: Any) -> Any:
-        if not _is_ours(node):
+        if not is_ours(node):
             return node
         new = change(_unboxed(node.curvature))
         boxes = jax.tree.structure(node.curvature)
         return node._replace(curvature=jax.tree.unflatten(boxes, jax.tree.leaves(new)))
 
-    return jax.tree.map(visit, state, is_leaf=_is_ours)
+    return jax.tree.map(visit, state, is_leaf=is_ours)
 
 
 def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
@@ -148,7 +178,8 @@ def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
     )
 
 
-def _is_ours(x: Any) -> bool:
+def is_ours(x: Any) -> bool:
+    """Returns whether `x` is a DHO² state."""
     return isinstance(x, DHO2State)
 
 

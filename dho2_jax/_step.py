@@ -25,15 +25,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
 from dho2_jax import _rate
 from dho2_jax import _subspace as subspaces
+from dho2_jax._layout import Packed
 from dho2_jax._products import Products
-from dho2_jax._state import CurvatureState, is_active
-from dho2_jax._types import Array
-
-Leaves = tuple[Array, ...]
+from dho2_jax._slices import on_slices
+from dho2_jax._state import CurvatureState, is_active, layout_of_state
+from dho2_jax._types import Array, Inner
 
 _FLOOR = 0.01  # least |lambda| over the largest, under a curvature-set rate
 _VANISHED = 1e-6  # share of the subspace's gradient below which the complement is zero
@@ -54,38 +53,53 @@ class Split(NamedTuple):
 
     active: Array  # (k + l,), bool: slots that take part
     inside: Array  # c0 = V g, (k + l,), float32
-    complement: Leaves  # g2 = g - V^T c0, in the dtypes of g
+    complement: Packed  # g2 = g - V^T c0, in the dtypes of g
 
 
-def split(state: CurvatureState, grads: Leaves) -> Split:
+class Measured(NamedTuple):
+    """Inner products with the base's update d; `()` float32 but the first."""
+
+    overlap: Array  # V d, (k + l,)
+    step_square: Array  # d . d
+    complement_square: Array  # g2 . g2
+    slope: Array | None  # g2 . d of the last step
+    slope_ahead: Array | None  # g2 . d
+
+
+def split(state: CurvatureState, grads: Packed) -> Split:
     """Splits the gradient into the subspace and its complement."""
-    rows, active = state.subspace.eigenvectors.leaves, is_active(state)
-    inside = subspaces.coefficients(rows, grads, active)
-    return Split(active, inside, subspaces.remove(grads, inside, rows))
+
+    def apart(inner, rows, grads, active):
+        inside = subspaces.coefficients(rows, grads, active, inner)
+        return Split(active, inside, subspaces.remove(grads, inside, rows))
+
+    rows = state.subspace.eigenvectors
+    return on_slices(layout_of_state(state), apart, rows, grads, is_active(state))
 
 
 def join(
     state: CurvatureState,
     parts: Split,
-    steps: Leaves,
+    steps: Packed,
     rates: Rates,
     products: Products | None,
-) -> tuple[Leaves, CurvatureState]:
+) -> tuple[Packed, CurvatureState]:
     """Joins the base optimizer's update d with the Newton step.
 
     Args:
       state: Before the step.
       parts: What `split` made of the gradient.
-      steps: d, the leaves of the base's update of the complement.
+      steps: d, the base's update of the complement.
       rates: The hyper-parameters.
       products: The curvature at the parameters, for the rate's probes, if there is one.
 
     Returns:
-      The leaves of the update, in the dtypes of d, and the state after the step.
+      The update, in the dtypes of d, and the state after the step.
     """
-    config, space = state.config, state.subspace
-    rows, active = space.eigenvectors.leaves, parts.active
-    overlap = subspaces.coefficients(rows, steps, active)
+    config, space, layout = state.config, state.subspace, layout_of_state(state)
+    rows, active = space.eigenvectors, parts.active
+    last = None if state.rate is None else state.rate.direction
+    seen = on_slices(layout, _measure, rows, active, parts.complement, steps, last)
 
     if state.rate is None:
         rate, floor = None, 0.0
@@ -94,7 +108,7 @@ def join(
         )
         scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, rates.cap), 1.0)
     else:
-        scale, rate = _set_rate(state, parts, steps, overlap, rates, products)
+        scale, rate = _set_rate(state, parts, steps, seen, rates, products)
         floor = _FLOOR
 
     momentum = _next_momentum(state, parts.inside, rates.decay)
@@ -104,46 +118,71 @@ def join(
     if rate is not None:
         # The momentum is shortened too: charged while it could not act, it would
         # overshoot once it can.
-        factor = _shortening(newton, momentum, parts.complement, steps, scale)
+        factor = _shortening(newton, momentum, seen, scale)
         newton, momentum = factor * newton, factor * momentum
 
-    inside = linalg.combine(scale * overlap + newton, rows)
-    updates = tuple(
-        (rates.schedule * (scale * d.astype(jnp.float32) - v)).astype(d.dtype)
-        for d, v in zip(steps, inside, strict=True)
-    )
+    inside = scale * seen.overlap + newton
+    updates = on_slices(layout, _move, rows, inside, steps, scale, rates.schedule)
     return updates, state._replace(momentum=momentum, base_scaling=scale, rate=rate)
+
+
+def _measure(
+    inner: Inner,
+    rows: Packed,
+    active: Array,
+    complement: Packed,
+    steps: Packed,
+    last: Packed | None,
+) -> Measured:
+    steps = linalg.as_float32(steps)
+    return Measured(
+        overlap=subspaces.coefficients(rows, steps, active, inner),
+        step_square=linalg.vdot(steps, steps, inner),
+        complement_square=linalg.vdot(complement, complement, inner),
+        slope=None if last is None else linalg.vdot(complement, last, inner),
+        slope_ahead=None if last is None else linalg.vdot(complement, steps, inner),
+    )
+
+
+def _move(
+    _: Inner, rows: Packed, inside: Array, steps: Packed, scale: Array, schedule: Array
+) -> Packed:
+    """Returns schedule * (s d - V^T inside)."""
+    return jax.tree.map(
+        lambda d, v: (schedule * (scale * d.astype(jnp.float32) - v)).astype(d.dtype),
+        steps,
+        linalg.combine(inside, rows),
+    )
 
 
 def _set_rate(
     state: CurvatureState,
     parts: Split,
-    steps: Leaves,
-    overlap: Array,
+    steps: Packed,
+    seen: Measured,
     rates: Rates,
     products: Products | None,
 ) -> tuple[Array, _rate.RateState]:
     """One step of the curvature-set rate, which rests while no slot is active."""
-    rate = state.rate
-    assert rate is not None
+    rate, slope, slope_ahead = state.rate, seen.slope, seen.slope_ahead
+    assert rate is not None and slope is not None and slope_ahead is not None
     use, started = jnp.any(parts.active), rate.steps > 0
-    last, steps = rate.direction.leaves, linalg.as_float32(steps)
-    slope = linalg.vdot(parts.complement, last)
+    last, steps = rate.direction, linalg.as_float32(steps)
     comparable = state.counters.refreshed_at != state.count
     rate = _pick(use & started, _rate.observe(rate, slope, comparable), rate)
 
     if products is not None:
-        slope_ahead = linalg.vdot(parts.complement, steps)
+
+        def outside(inner, last, steps, started, rows, active):
+            direction = _pick(started, last, steps)
+            return subspaces.project_out(direction, rows, active, inner)
 
         def probe(rate: _rate.RateState) -> _rate.RateState:
             # The previous direction has not seen this batch; the first has no other.
-            bend, length = products.bend(
-                subspaces.project_out(
-                    _pick(started, last, steps),
-                    state.subspace.eigenvectors.leaves,
-                    parts.active,
-                )
-            )
+            rows = state.subspace.eigenvectors
+            layout = layout_of_state(state)
+            along = on_slices(layout, outside, last, steps, started, rows, parts.active)
+            bend, length = products.bend(along)
             first = _rate.first_scale(rate, slope_ahead, bend * length)
             later = _rate.adjust(rate, bend, length, rates.cap)
             return _pick(started, later, first)
@@ -153,11 +192,11 @@ def _set_rate(
 
     rate = rate._replace(scale=jnp.minimum(rate.scale, rates.cap))
     scale = jnp.where(use, rate.scale, 1.0)
-    outside = linalg.vdot(steps, steps) - jnp.sum(overlap**2)
+    length = seen.step_square - jnp.sum(seen.overlap**2)
     return scale, rate._replace(
         steps=rate.steps + use.astype(jnp.int32),
-        direction=layouts.Packed(steps, rate.direction.layout),
-        length=jnp.maximum(outside, 0.0),
+        direction=steps,
+        length=jnp.maximum(length, 0.0),
         taken=rates.schedule * scale,
     )
 
@@ -174,9 +213,7 @@ def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:
     return beta * momentum + (1 - beta) * inside
 
 
-def _shortening(
-    newton: Array, momentum: Array, complement: Leaves, steps: Leaves, scale: Array
-) -> Array:
+def _shortening(newton: Array, momentum: Array, seen: Measured, scale: Array) -> Array:
     """Returns the factor that keeps the Newton part within the base's own reach.
 
     The base turns a gradient of norm |g2| into a step of norm s |d|. The Newton part
@@ -184,7 +221,8 @@ def _shortening(
     whichever is longer; the second lets the subspace go on when the complement has
     converged first. A base that does not move at all sets no bound.
     """
-    slope, reach = linalg.norm(complement), scale * linalg.norm(steps)
+    slope = jnp.sqrt(seen.complement_square)
+    reach = scale * jnp.sqrt(seen.step_square)
     size, own = _norm(momentum), _norm(newton)
     bounded = (slope > _VANISHED * size) & (reach > 0) & (own > 0)
     reach *= jnp.maximum(1.0, size / jnp.where(bounded, slope, 1.0))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from dho2_jax import _linalg as linalg
-from dho2_jax._types import Array, PyTree, Rows
+from dho2_jax._types import Array, Inner, PyTree, Rows
 
 _ORTHONORMAL = 1e-3
 
@@ -35,9 +35,11 @@ def empty(eigenvectors: Any, size: int) -> Subspace:
     )
 
 
-def coefficients(rows: Rows, vector: PyTree, active: Array) -> Array:
+def coefficients(
+    rows: Rows, vector: PyTree, active: Array, inner: Inner = linalg.inner
+) -> Array:
     """Returns V x, zero in the slots that are not active: `(k + l,)`."""
-    return jnp.where(active, linalg.inner(rows, vector), 0.0)
+    return jnp.where(active, inner(rows, vector), 0.0)
 
 
 def remove(vector: PyTree, coefs: Array, rows: Rows) -> PyTree:
@@ -47,24 +49,26 @@ def remove(vector: PyTree, coefs: Array, rows: Rows) -> PyTree:
     )
 
 
-def project_out(vector: PyTree, rows: Rows, active: Array) -> PyTree:
+def project_out(
+    vector: PyTree, rows: Rows, active: Array, inner: Inner = linalg.inner
+) -> PyTree:
     """Returns x - V^T V x, in the dtypes of x."""
-    return remove(vector, coefficients(rows, vector, active), rows)
+    return remove(vector, coefficients(rows, vector, active, inner), rows)
 
 
-def change_of_basis(old: Subspace, new: Subspace) -> Array:
+def change_of_basis(old: Subspace, new: Subspace, inner: Inner = linalg.inner) -> Array:
     """Returns V_new V_old^T, which takes coefficients along: `(k + l, k + l)`."""
-    change = linalg.gram(new.eigenvectors, old.eigenvectors)
+    change = linalg.gram(new.eigenvectors, old.eigenvectors, inner)
     return jnp.where(new.valid[:, None] & old.valid[None, :], change, 0.0)
 
 
-def is_acceptable(new: Subspace, scale: Array) -> Array:
+def is_acceptable(new: Subspace, scale: Array, inner: Inner = linalg.inner) -> Array:
     """Returns whether a refresh may be used: `()`, bool.
 
     Its numbers must be finite, its rows orthonormal to 1e-3, no residual above `scale`,
     the operator's own, and at least one pair found.
     """
-    overlaps = linalg.gram(new.eigenvectors, new.eigenvectors)
+    overlaps = linalg.gram(new.eigenvectors, new.eigenvectors, inner)
     defect = jnp.max(jnp.abs(overlaps - jnp.diag(new.valid.astype(jnp.float32))))
     finite = jnp.all(jnp.isfinite(new.eigenvalues)) & jnp.all(
         jnp.isfinite(new.residuals)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dho2_jax import _base as bases
 from dho2_jax import _layout as layouts
 from dho2_jax import _step as stepping
 from dho2_jax._config import check_number, make_config
 from dho2_jax._curvature import check_params
 from dho2_jax._products import products_in_update
 from dho2_jax._refresh import maybe_refresh
+from dho2_jax._slices import gather, lay_out, scatter
 from dho2_jax._state import DHO2State, init_curvature, layout_of_state
 from dho2_jax._types import Array, ScalarOrSchedule
 
@@ -39,6 +41,10 @@ def dho2(
     curvature: str = "hessian",
     negative_curvature: str | None = None,
     seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    param_specs: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    shard_base_state: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A Newton step in the sharpest subspace, any first-order optimizer elsewhere.
 
@@ -87,6 +93,20 @@ def dho2(
         length of a Newton step means nothing there. None: "abs" with
         base_rate="fixed", else "base". Static.
       seed: Of the start vectors of Lanczos. Static.
+      mesh: Keep the curvature in slices over all axes of this mesh, of any axis types;
+        the caller jits over global arrays. Each device then holds 1 / D of V, and the
+        curvature products run data-parallel, as the loss itself does. Static.
+      param_specs: `PartitionSpec`s of the parameters, a tree or a prefix of one, with
+        `mesh`. None: read from Explicit axis types, or from the concrete arrays that an
+        un-jitted `init` is given; inside jit under Auto axes nothing can be read, and
+        replicated is assumed: correct, with more communication. Static.
+      axis_name: Instead of `mesh`, inside the caller's own `shard_map` or `pmap`: the
+        data axis or axes. `value_fn` is then the mean loss of this device's share of
+        the batch, without collectives; `updates` are averaged already; parameters are
+        equal on all devices; the state is this device's slice. Static.
+      shard_base_state: Keep the base's own state in slices too (ZeRO-1). With
+        `axis_name` the base then sees slices of large matrices: for elementwise bases
+        only. None: True with `mesh`, else False. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
@@ -121,6 +141,10 @@ def dho2(
         curvature=curvature,
         negative_curvature=negative_curvature,
         seed=seed,
+        mesh=mesh,
+        param_specs=param_specs,
+        axis_name=axis_name,
+        shard_base_state=shard_base_state,
     )
     check_number("newton_learning_rate", newton_learning_rate, 0.0)
     check_number("subspace_decay", subspace_decay, 0.0, 1.0)
@@ -140,7 +164,12 @@ def dho2(
                     "`num_largest` + `num_smallest` must be at most the number of "
                     f"parameters, got {config.size} for {size}; lower them."
                 )
-        return DHO2State(base.init(params), init_curvature(config, params))
+        if not jax.tree.leaves(params):
+            return DHO2State(base.init(params), init_curvature(config, params))
+        ours = init_curvature(config, params)
+        layout = layout_of_state(ours)
+        base_state = bases.init(base, config, layout, params)
+        return DHO2State(base_state, lay_out(layout, ours))
 
     def update_fn(
         updates: optax.Updates,
@@ -154,7 +183,7 @@ def dho2(
         if value_fn is not None:
             extra_args["value_fn"] = value_fn
         ours = state.curvature
-        grads, treedef = jax.tree.flatten(updates)
+        grads = jax.tree.leaves(updates)
         if not grads:
             updates, base_state = base.update(
                 updates, state.base_state, params, **extra_args
@@ -176,17 +205,20 @@ def dho2(
             cap=_at(max_base_scaling, ours.count),
             schedule=_at(rate_schedule, ours.count),
         )
-        parts = stepping.split(ours, tuple(grads))
-        base_updates, base_state = base.update(
-            jax.tree.unflatten(treedef, parts.complement),
+        parts = stepping.split(ours, scatter(layout, grads))
+        dtypes, treedef, steps, base_state = bases.update(
+            base,
+            ours.config,
+            updates,
+            parts.complement,
             state.base_state,
             params,
-            **extra_args,
+            extra_args,
         )
-        steps, treedef = jax.tree.flatten(base_updates)
-        new_updates, ours = stepping.join(ours, parts, tuple(steps), rates, products)
+        vector, ours = stepping.join(ours, parts, steps, rates, products)
         ours = ours._replace(count=optax.safe_increment(ours.count))
-        return jax.tree.unflatten(treedef, new_updates), DHO2State(base_state, ours)
+        new_updates = jax.tree.unflatten(treedef, gather(vector, dtypes))
+        return new_updates, DHO2State(base_state, lay_out(layout, ours))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

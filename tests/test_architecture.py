@@ -19,12 +19,12 @@ EVERYTHING = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
     {"types"},
-    {"linalg"},
+    {"linalg", "sharding", "axes"},
     {"curvature", "lanczos", "spectrum", "layout"},
-    {"subspace", "rate", "config"},
+    {"slices", "subspace", "rate", "config"},
     {"state"},
-    {"products", "metrics"},
-    {"refresh"},
+    {"base", "products", "metrics"},
+    {"refresh", "specs"},
     {"step"},
     {"transform"},
     {"alias"},

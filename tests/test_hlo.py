@@ -10,12 +10,13 @@ import pytest
 
 import dho2_jax
 
-ROWS, SHAPE = 3, (12, 7)
+ROWS, SHAPE = 3, (256, 7)
 BASIS = f"f32[{ROWS},{SHAPE[0]},{SHAPE[1]}]"  # no other array has this shape
 
 
 def loss(params):
-    inputs = jnp.asarray(np.random.default_rng(0).standard_normal((5, 12)), jnp.float32)
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.standard_normal((5, SHAPE[0])), jnp.float32)
     return jnp.sum(jnp.tanh(inputs @ params["w"] + params["b"] - 1) ** 2)
 
 

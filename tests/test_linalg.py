@@ -100,5 +100,5 @@ def test_refresh_and_update_ask_for_the_highest_precision(base_rate):
         (update, (params, state, params)),
     ]:
         found = precisions(function, *args)
-        assert len(found) >= 8
+        assert len(found) >= 4  # the stored array is read four times
         assert set(found) == {HIGHEST}

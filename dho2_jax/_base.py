@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base optimizer, which sees the complement as if there were no slices.
+
+Its own state may be kept in slices too (ZeRO-1): the complement is in slices already,
+so that an elementwise optimizer then needs no communication at all, and only its result
+is gathered.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dho2_jax import _slices as slices
+from dho2_jax._config import Config
+from dho2_jax._layout import Layout, Packed
+from dho2_jax._sharding import constrain
+from dho2_jax._types import Array, PyTree
+
+
+def init(
+    base: optax.GradientTransformation, config: Config, layout: Layout, params: PyTree
+) -> optax.OptState:
+    """Returns the base optimizer's state, laid out as `update` keeps it."""
+    state = base.init(_seen(config, layout, params))
+    return _laid_out(base, config, layout, state)
+
+
+def update(
+    base: optax.GradientTransformationExtraArgs,
+    config: Config,
+    grads: PyTree,
+    complement: Packed,
+    state: optax.OptState,
+    params: PyTree | None,
+    extra_args: dict[str, Any],
+) -> tuple[list[Array], Any, Packed, optax.OptState]:
+    """Runs the base optimizer on the complement.
+
+    Args:
+      base: The base optimizer.
+      config: Of the transformation.
+      grads: The whole gradient, for its tree and dtypes.
+      complement: g2, in slices.
+      state: The base optimizer's.
+      params: As the caller gave them.
+      extra_args: For the base optimizer.
+
+    Returns:
+      The dtypes and the tree of the base's updates, the updates d in slices, and the
+      new state.
+    """
+    layout = complement.layout
+    leaves, treedef = jax.tree.flatten(grads)
+    sliced = config.shard_base_state
+    seen = slices.gather(complement, [x.dtype for x in leaves], sliced=sliced)
+    params = None if params is None else _seen(config, layout, params)
+
+    def call(grads, state, params):
+        return base.update(grads, state, params, **extra_args)
+
+    mesh = config.mesh
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        call = _under_auto_axes(call, base, config, layout)
+    updates, state = call(jax.tree.unflatten(treedef, seen), state, params)
+    steps, treedef = jax.tree.flatten(updates)
+    vector = slices.scatter(layout, steps, sliced=sliced)
+    state = _laid_out(base, config, layout, state)
+    return [x.dtype for x in steps], treedef, vector, state
+
+
+def marks(base: Any, state: PyTree, layout: Layout) -> PyTree:
+    """Returns `state` with the number of the parameter that each leaf belongs to.
+
+    It is -1 where a leaf has not the shape of a parameter, and throughout for a base
+    whose `init` cannot be followed by `optax.tree_map_params`.
+    """
+    numbers = jax.tree.unflatten(layout.treedef, range(len(layout.shapes)))
+
+    def visit(leaf: Any, number: int) -> int:
+        return number if tuple(jnp.shape(leaf)) == layout.shapes[number] else -1
+
+    try:
+        return optax.tree_map_params(
+            base, visit, state, numbers, transform_non_params=lambda _: -1
+        )
+    except Exception:  # any init may fail on the stand-ins that Optax gives it
+        return jax.tree.map(lambda _: -1, state)
+
+
+def specs(marks: PyTree, known: tuple[P, ...]) -> PyTree:
+    """Returns the partition spec of each leaf: its parameter's, or replicated."""
+    return jax.tree.map(lambda number: known[number] if number >= 0 else P(), marks)
+
+
+def specs_seen(config: Config, layout: Layout) -> tuple[P, ...]:
+    """Returns where the base optimizer sees each parameter."""
+    assert layout.placement is not None
+    if config.shard_base_state:
+        return slices.base_specs(layout)
+    return layout.placement.param_specs
+
+
+def _laid_out(base: Any, config: Config, layout: Layout, state: PyTree) -> PyTree:
+    mesh = config.mesh
+    if mesh is None:
+        return state
+    where = specs(marks(base, state, layout), specs_seen(config, layout))
+    return jax.tree.map(lambda x, s: constrain(jnp.asarray(x), mesh, s), state, where)
+
+
+def _under_auto_axes(call, base: Any, config: Config, layout: Layout):
+    """Lets the compiler lay out what a base optimizer makes of Explicit shardings.
+
+    An optimizer written for one device mixes its state, in slices, with parameters that
+    are not, and multiplies matrices without a word on the result's sharding.
+    """
+    mesh = config.mesh
+    assert mesh is not None
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
+
+    def wrapped(grads, state, params):
+        known = specs_seen(config, layout)
+        where = (
+            jax.tree.unflatten(jax.tree.structure(grads), known),
+            specs(marks(base, state, layout), known),
+        )
+        where = jax.tree.map(lambda s: NamedSharding(mesh, s), where)
+        auto: Any = jax.sharding.auto_axes(call, axes=explicit, out_sharding=where)
+        return auto(grads, state, params)
+
+    return wrapped
+
+
+def _seen(config: Config, layout: Layout, params: PyTree) -> PyTree:
+    """Returns the parameters as a base optimizer that works on slices sees them."""
+    place = layout.placement
+    if not (place and place.axis_name and config.shard_base_state):
+        return params
+    leaves, treedef = jax.tree.flatten(params)
+    if len(leaves) != len(layout.shapes):
+        return params
+    packed = slices.scatter(layout, leaves)
+    return jax.tree.unflatten(
+        treedef, slices.gather(packed, [x.dtype for x in leaves], sliced=True)
+    )

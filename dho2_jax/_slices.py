@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors between the caller's arrays and slices of them.
+
+The one place that knows the three ways in: no placement (one device, or wherever the
+caller's arrays are), `mesh=` (the caller holds global arrays) and `axis_name=` (inside
+the caller's own `shard_map` or `pmap`, where arrays are this device's).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dho2_jax import _axes as axes
+from dho2_jax import _layout as layouts
+from dho2_jax import _linalg as linalg
+from dho2_jax._layout import Layout, Packed
+from dho2_jax._sharding import Placement, axes_of, constrain, ways, with_rows
+from dho2_jax._types import Array, PyTree, Rows
+
+
+def on_slices(layout: Layout, fn: Callable[..., Any], *args: Any) -> Any:
+    """Runs `fn(inner, *args)` on the slices of every `Packed` in `args`.
+
+    The arithmetic on one device and on many is the same code: `inner` sums over the
+    slices. All that is not in a `Packed`, in arguments and results, is equal on all
+    devices.
+    """
+    place = layout.placement
+    if place is None:
+        return fn(linalg.inner, *args)
+    inner = functools.partial(_inner, layout)
+    if place.mesh is None:
+        return fn(inner, *args)
+    # With a stand-in for the reduction, and no mesh in sight: the shapes of the
+    # results as global arrays.
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        results = jax.eval_shape(functools.partial(fn, linalg.inner), *shapes)
+    args = lay_out(layout, args)
+    return jax.shard_map(
+        functools.partial(fn, inner),
+        mesh=place.mesh,
+        in_specs=specs_of(args),
+        out_specs=specs_of(results),
+    )(*args)
+
+
+def specs_of(tree: PyTree) -> PyTree:
+    """Returns `PartitionSpec`s: slices for each `Packed`, replicated for all else."""
+
+    def visit(x: Any) -> Any:
+        if not isinstance(x, Packed):
+            return P()
+        triples = zip(
+            _place(x.layout).slice_specs, x.leaves, x.layout.stored, strict=True
+        )
+        specs: Any = (with_rows(spec, leaf.ndim - len(s)) for spec, leaf, s in triples)
+        return Packed(tuple(specs), x.layout)
+
+    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
+
+
+def lay_out(layout: Layout, tree: PyTree) -> PyTree:
+    """Returns `tree` as `specs_of` says, if there is a mesh for it."""
+    place = layout.placement
+    if place is None or place.mesh is None:
+        return tree
+    mesh = place.mesh
+    return jax.tree.map(lambda x, s: constrain(x, mesh, s), tree, specs_of(tree))
+
+
+def new_zeros(layout: Layout, rows: tuple[int, ...] = ()) -> Packed:
+    """Returns zeros in slices, `(rows,)` vectors of them, made where they belong."""
+    place = layout.placement
+    if place is None:
+        return layouts.zeros(layout, rows)
+
+    def make() -> Packed:
+        leaves = tuple(jnp.zeros((*rows, *s), jnp.float32) for s in _local(layout))
+        return Packed(axes.varying(leaves, place.axis_name), layout)
+
+    if place.mesh is None:
+        return make()
+    specs = specs_of(jax.eval_shape(lambda: layouts.zeros(layout, rows)))
+    return jax.shard_map(make, mesh=place.mesh, in_specs=(), out_specs=specs)()
+
+
+def scatter(
+    layout: Layout, leaves: list[Array], *, mean: bool = False, sliced: bool = False
+) -> Packed:
+    """Returns the slices of a vector that is given as the parameters' leaves.
+
+    Args:
+      layout: Of the vector.
+      leaves: Like the parameters; with `axis_name=` equal on all devices.
+      mean: With `axis_name=`: they differ, and their mean over the devices is wanted.
+      sliced: The whole leaves are slices already, as `gather(sliced=True)` leaves them.
+
+    Returns:
+      The vector; whole leaves keep their dtypes, the slab is float32.
+    """
+    place = layout.placement
+    whole = [leaves[i] for i in layout.whole]
+    small = [leaves[i] for i in layout.small]
+    if place is not None and place.mesh is not None:
+        if small:
+            whole.append(_slab_on_mesh(layout, place, small))
+        return lay_out(layout, Packed(tuple(whole), layout))
+    if small:
+        whole.append(layouts.to_slab(layout, small))
+    if place is not None:
+        first = len(layout.whole) if sliced else 0
+        whole[first:] = [
+            _cut(layout, i, whole[i], mean) for i in range(first, len(whole))
+        ]
+    return Packed(tuple(whole), layout)
+
+
+def cut(vector: Packed) -> Packed:
+    """Returns the slices of a vector in stored form, equal on all devices."""
+    layout, place = vector.layout, vector.layout.placement
+    if place is None or place.mesh is not None:
+        return vector  # with a mesh: sliced where it is used
+    leaves = (_cut(layout, i, x, False) for i, x in enumerate(vector.leaves))
+    return Packed(tuple(leaves), layout)
+
+
+def gather(vector: Packed, dtypes: list[Any], *, sliced: bool = False) -> list[Array]:
+    """Returns a vector, or rows of vectors, as leaves like the parameters.
+
+    Args:
+      vector: In slices.
+      dtypes: Of the leaves; whole leaves are cast before they travel.
+      sliced: Leave the whole leaves in slices: with `mesh=` global arrays laid out so,
+        with `axis_name=` this device's.
+
+    Returns:
+      The leaves; with `mesh=` in the parameters' partitioning, with `axis_name=` equal
+      on all devices, both apart from what stays in slices.
+    """
+    layout, place = vector.layout, vector.layout.placement
+    mesh = None if place is None else place.mesh
+    last = len(layout.whole)
+    whole = [
+        x.astype(dtypes[i]) for i, x in zip(layout.whole, vector.leaves, strict=False)
+    ]
+    slab = vector.leaves[last:]
+    if mesh is not None:
+        slab = tuple(constrain(x, mesh, P()) for x in slab)
+    elif place is not None:
+        if not sliced:
+            whole = [_join(layout, i, x) for i, x in enumerate(whole)]
+        slab = tuple(_join(layout, last, x) for x in slab)
+    small = layouts.from_slab(layout, slab[0]) if slab else []
+    small = [x.astype(dtypes[i]) for i, x in zip(layout.small, small, strict=True)]
+    leaves = layouts.in_order(layout, whole, small)
+    if mesh is None:
+        return leaves
+    specs = base_specs(layout) if sliced else _place(layout).param_specs
+    return [
+        constrain(x, mesh, with_rows(spec, x.ndim - len(shape)))
+        for x, spec, shape in zip(leaves, specs, layout.shapes, strict=True)
+    ]
+
+
+def base_specs(layout: Layout) -> tuple[P, ...]:
+    """Returns where a base optimizer that works on slices sees each parameter."""
+    place = _place(layout)
+    small = [place.param_specs[i] for i in layout.small]
+    whole = place.slice_specs[: len(layout.whole)]
+    return tuple(layouts.in_order(layout, list(whole), small))
+
+
+def _inner(layout: Layout, rows: Rows, vector: PyTree) -> Array:
+    """Returns inner products over all slices; each number counts once."""
+    place = _place(layout)
+    leaves = zip(
+        jax.tree.leaves(rows), jax.tree.leaves(vector), _copies(layout), strict=True
+    )
+    terms = [linalg.inner(r, x) / copies for r, x, copies in leaves]
+    # Where nothing could be split over some axis, all its devices hold the same.
+    total = axes.varying(sum(terms[1:], terms[0]), place.axes)
+    return jax.lax.psum(total, place.axes)
+
+
+def _place(layout: Layout) -> Placement:
+    """Returns where the slices lie, for code that runs only if they do."""
+    assert layout.placement is not None
+    return layout.placement
+
+
+def _copies(layout: Layout) -> list[int]:
+    """Returns on how many devices each slice is held: 1 where the split is even."""
+    place = _place(layout)
+    if place.mesh is not None:
+        return [place.mesh.size // ways(s, place.mesh) for s in place.slice_specs]
+    size = axes.size_of(place.axis_name)
+    return [1 if _is_split(layout, i) else size for i in range(len(layout.stored))]
+
+
+def _local(layout: Layout) -> list[tuple[int, ...]]:
+    """Returns the shapes of this device's slices."""
+    place = _place(layout)
+    if place.mesh is not None:
+        return [
+            NamedSharding(place.mesh, spec).shard_shape(shape)
+            for spec, shape in zip(place.slice_specs, layout.stored, strict=True)
+        ]
+    size, shapes = axes.size_of(place.axis_name), []
+    for i, shape in enumerate(layout.stored):
+        local = list(shape)
+        if _is_split(layout, i):
+            local[_dim(layout, i)] //= size
+        shapes.append(tuple(local))
+    return shapes
+
+
+def _slab_on_mesh(layout: Layout, place: Placement, small: list[Array]) -> Array:
+    """Returns the slab in slices; each device packs what it needs of whole leaves."""
+    mesh, spec = place.mesh, place.slice_specs[-1]
+    assert mesh is not None
+    dims = [(d, axes_of(entry)) for d, entry in enumerate(spec) if entry]
+
+    def pack(*small: Array) -> Array:
+        slab = layouts.to_slab(layout, list(small))
+        for dim, names in dims:
+            slab = axes.own_part(slab, names, dim)
+        return slab
+
+    small = [constrain(x, mesh, P()) for x in small]
+    return jax.shard_map(pack, mesh=mesh, in_specs=P(), out_specs=spec)(*small)
+
+
+def _dim(layout: Layout, i: int) -> int:
+    """Returns the dimension of stored array `i` that named axes split."""
+    place = _place(layout)
+    return len(place.slice_specs[i]) - 1  # the last entry: specs end without Nones
+
+
+def _is_split(layout: Layout, i: int) -> bool:
+    """Returns whether the devices along the named axes divide stored array `i`."""
+    place = _place(layout)
+    return layout.stored[i][_dim(layout, i)] % axes.size_of(place.axis_name) == 0
+
+
+def _cut(layout: Layout, i: int, x: Array, mean: bool) -> Array:
+    """Returns this device's slice of stored array `i`, under named axes."""
+    place = _place(layout)
+    names = place.axis_name
+    if _is_split(layout, i):
+        cut = axes.mean_part if mean else axes.own_part
+        return cut(x, names, _dim(layout, i))
+    return axes.varying(axes.mean(x, names) if mean else x, names)
+
+
+def _join(layout: Layout, i: int, x: Array) -> Array:
+    """Returns the whole of stored array `i`, with its rows, under named axes."""
+    place = _place(layout)
+    names = place.axis_name
+    if x.shape[x.ndim - len(layout.stored[i]) :] == layout.stored[i]:
+        return axes.agreed(x, names)
+    rows = x.ndim - len(layout.stored[i])
+    return axes.join(x, names, rows + _dim(layout, i))
