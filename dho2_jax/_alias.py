@@ -9,7 +9,9 @@ The aliases take the base's arguments and all keywords of `dho2`, of which
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
 from dho2_jax._transform import dho2
@@ -139,9 +141,12 @@ def dho2_adamw(
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
-@_over_base(**_MEASURED)
+@_over_base(**_MEASURED, shard_base_state=False)
 def dho2_muon(learning_rate: ScalarOrSchedule = 1e-2, *, beta: float = 0.95):
     """DHO² on Muon, which the base can be since it sees the parameters' own pytree.
+
+    Its matrix products need whole matrices: on a mesh `shard_base_state` is False here.
+    In slices a step gathers 4 n numbers and reduces 3 n, else it gathers 2 n.
 
     Args:
       learning_rate: Of the base; with the curvature-set rate only where it starts.
@@ -165,6 +170,8 @@ def fosi(
     subspace_decay: ScalarOrSchedule = 0.9,
     subspace_momentum: str = "heavy_ball",
     max_base_scaling: ScalarOrSchedule = 3.0,
+    mesh: jax.sharding.Mesh | None = None,
+    param_specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """FOSI as published (arXiv 2302.08484, ICLR 2024), for comparison.
 
@@ -183,6 +190,8 @@ def fosi(
       subspace_decay: beta; 0 for a base without momentum.
       subspace_momentum: That of the base: "heavy_ball", "nesterov", or "ema" for Adam.
       max_base_scaling: c; FOSI takes 3, and 1 for Adam.
+      mesh: As for `dho2`. Static.
+      param_specs: As for `dho2`. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -203,4 +212,6 @@ def fosi(
         subspace_momentum=subspace_momentum,
         max_base_scaling=max_base_scaling,
         base_rate="fixed",
+        mesh=mesh,
+        param_specs=param_specs,
     )

@@ -37,7 +37,7 @@ def update(
     state: optax.OptState,
     params: PyTree | None,
     extra_args: dict[str, Any],
-) -> tuple[list[Array], Any, Packed, optax.OptState]:
+) -> tuple[list[Any], Any, Packed, optax.OptState]:
     """Runs the base optimizer on the complement.
 
     Args:
@@ -67,6 +67,11 @@ def update(
         call = _under_auto_axes(call, base, config, layout)
     updates, state = call(jax.tree.unflatten(treedef, seen), state, params)
     steps, treedef = jax.tree.flatten(updates)
+    if mesh is not None:
+        # Said here too, or the compiler would split the base's own work as well: the
+        # matrix products of Muon, for one, with a reduction for each.
+        where = specs_seen(config, layout)
+        steps = [constrain(x, mesh, s) for x, s in zip(steps, where, strict=True)]
     vector = slices.scatter(layout, steps, sliced=sliced)
     state = _laid_out(base, config, layout, state)
     return [x.dtype for x in steps], treedef, vector, state

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vectors are stored: large leaves as they are, all others packed into one slab.
+"""How vectors are stored: large leaves stacked by shape, all others in one slab.
 
 What a stored vector looks like depends on the shapes of the parameters alone, so that
 one saved state can be moved between any numbers of devices. Leaves are matched by their
@@ -9,6 +9,7 @@ order and never by their tree, since wrappers change that between `init` and `up
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -37,30 +38,34 @@ class Layout:
         return sum(map(math.prod, self.shapes))
 
     @functools.cached_property
-    def whole(self) -> tuple[int, ...]:
-        """Which leaves are stored as they are: those that any pod can split evenly."""
-        return tuple(
-            i
-            for i, shape in enumerate(self.shapes)
-            if len(shape) >= 2
-            and math.prod(shape)
-            and any(n % SPLITS == 0 for n in shape)
-        )
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Leaves that any pod can split evenly, those of one shape together.
+
+        A network has many layers and few shapes: programs compile much faster when all
+        matrices of one shape are one array.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for i, shape in enumerate(self.shapes):
+            splits = any(n and n % SPLITS == 0 for n in shape)
+            if len(shape) >= 2 and math.prod(shape) and splits:
+                found.setdefault(shape, []).append(i)
+        return tuple(map(tuple, found.values()))
 
     @functools.cached_property
     def small(self) -> tuple[int, ...]:
-        """Which leaves are packed into the slab."""
-        return tuple(i for i in range(len(self.shapes)) if i not in self.whole)
+        """All other leaves, which are packed into the slab."""
+        grouped = set(itertools.chain.from_iterable(self.groups))
+        return tuple(i for i in range(len(self.shapes)) if i not in grouped)
 
     @functools.cached_property
     def stored(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the stored arrays: the whole leaves, then the slab.
+        """Shapes of the stored arrays: `(leaves, *shape)` for each group, and the slab.
 
         The slab is `(rows, 128)`; its rows are a multiple of a power of two that grows
-        with the model, so that padding stays below 0.4 % of it and the rows divide over
-        as many devices as such a model would be trained on.
+        with the model, so that padding stays below 0.4 % of the model and the rows
+        divide over as many devices as such a model would be trained on.
         """
-        shapes = tuple(self.shapes[i] for i in self.whole)
+        shapes = tuple((len(group), *self.shapes[group[0]]) for group in self.groups)
         if not self.small:
             return shapes
         step = 2 ** int(math.log2(max(self.size, 1) / 2**15 + 1e-9))
@@ -92,6 +97,24 @@ def zeros(layout: Layout, rows: tuple[int, ...] = ()) -> Packed:
     )
 
 
+def stack(layout: Layout, leaves: list[Array]) -> list[Array]:
+    """Returns the groups of leaves, each as one array."""
+    return [jnp.stack([leaves[i] for i in group]) for group in layout.groups]
+
+
+def unstack(layout: Layout, stacks: list[Array]) -> dict[int, Array]:
+    """Returns the leaves in the groups' arrays, by their number.
+
+    Rows may stand in front of each group: `(..., leaves, *shape)`.
+    """
+    leaves = {}
+    for group, x in zip(layout.groups, stacks, strict=True):
+        axis = x.ndim - len(layout.shapes[group[0]]) - 1
+        for place, i in enumerate(group):
+            leaves[i] = jax.lax.index_in_dim(x, place, axis, keepdims=False)
+    return leaves
+
+
 def to_slab(layout: Layout, small: list[Array]) -> Array:
     """Returns the slab `(rows, 128)` that holds the small leaves, float32."""
     flat = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in small])
@@ -99,22 +122,16 @@ def to_slab(layout: Layout, small: list[Array]) -> Array:
     return jnp.pad(flat, (0, rows * lanes - flat.size)).reshape(rows, lanes)
 
 
-def from_slab(layout: Layout, slab: Array) -> list[Array]:
-    """Returns the small leaves in a slab `(..., rows, 128)`."""
+def from_slab(layout: Layout, slab: Array) -> dict[int, Array]:
+    """Returns the small leaves in a slab `(..., rows, 128)`, by their number."""
     front = slab.shape[:-2]
-    flat, start, small = slab.reshape(*front, -1), 0, []
+    flat, start, small = slab.reshape(*front, -1), 0, {}
     for i in layout.small:
         shape = layout.shapes[i]
         piece = jax.lax.slice_in_dim(flat, start, start + math.prod(shape), axis=-1)
-        small.append(piece.reshape(*front, *shape))
+        small[i] = piece.reshape(*front, *shape)
         start += math.prod(shape)
     return small
-
-
-def in_order(layout: Layout, whole: list[Any], small: list[Any]) -> list[Any]:
-    """Returns one list, in the parameters' order, of what belongs to each leaf."""
-    places = dict(zip((*layout.whole, *layout.small), (*whole, *small), strict=True))
-    return [places[i] for i in range(len(layout.shapes))]
 
 
 def noise(layout: Layout, bits: Array) -> Packed:

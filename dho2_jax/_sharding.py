@@ -42,35 +42,48 @@ class Placement:
 
 
 def place_on_mesh(
-    mesh: Mesh, param_specs: Sequence[P], whole: Sequence[int], stored: Sequence[Shape]
+    mesh: Mesh,
+    param_specs: Sequence[P],
+    groups: Sequence[Sequence[int]],
+    stored: Sequence[Shape],
 ) -> Placement:
     """Returns the placement over all axes of a mesh.
 
     Args:
       mesh: The mesh.
       param_specs: Of each parameter.
-      whole: Which parameter each of the first stored arrays is.
-      stored: Shapes of the stored arrays; one more than `whole` if there is a slab.
+      groups: The parameters in each of the first stored arrays.
+      stored: Shapes of the stored arrays; one more than `groups` if there is a slab.
 
     Returns:
-      Slices that refine the parameters' own partitioning.
+      Slices that refine the parameters' own partitioning: in a group of which not all
+      have the same, that of the first.
     """
     sizes = tuple(mesh.shape.items())
-    own = [param_specs[i] for i in whole] + [P()] * (len(stored) - len(whole))
-    specs = tuple(slice_spec(s, o, sizes) for s, o in zip(stored, own, strict=True))
-    return Placement(mesh, (), tuple(param_specs), specs)
+    specs = []
+    for i, shape in enumerate(stored):
+        if i < len(groups):
+            own = param_specs[groups[i][0]]
+            specs.append(with_rows(slice_spec(shape[1:], own, sizes), 1))
+        else:
+            specs.append(slice_spec(shape, P(), sizes))
+    return Placement(mesh, (), tuple(param_specs), tuple(specs))
 
 
 def place_on_axes(
-    axis_name: tuple[str, ...], num_params: int, num_whole: int, stored: Sequence[Shape]
+    axis_name: tuple[str, ...],
+    num_params: int,
+    num_groups: int,
+    stored: Sequence[Shape],
 ) -> Placement:
     """Returns the placement over named axes, a function of the shapes alone.
 
     How many devices there are is known only inside the caller's `shard_map`.
     """
     one = ((axis_name, SPLITS),)
-    specs = [slice_spec(shape, P(), one) for shape in stored[:num_whole]]
-    specs += [P(axis_name)] * (len(stored) - num_whole)
+    grouped = stored[:num_groups]
+    specs = [with_rows(slice_spec(shape[1:], P(), one), 1) for shape in grouped]
+    specs += [P(axis_name)] * (len(stored) - num_groups)
     return Placement(None, axis_name, (P(),) * num_params, tuple(specs))
 
 
@@ -144,7 +157,7 @@ def _up(number: int, multiple: int) -> int:
 
 def with_rows(spec: P, rows: int) -> P:
     """Returns the spec of an array that has `rows` more dimensions in front."""
-    return P(*(None,) * rows, *spec)
+    return as_spec([()] * rows + [axes_of(entry) for entry in spec])
 
 
 def ways(spec: P, mesh: Mesh) -> int:

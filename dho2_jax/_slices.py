@@ -99,26 +99,31 @@ def scatter(
       layout: Of the vector.
       leaves: Like the parameters; with `axis_name=` equal on all devices.
       mean: With `axis_name=`: they differ, and their mean over the devices is wanted.
-      sliced: The whole leaves are slices already, as `gather(sliced=True)` leaves them.
+      sliced: The large leaves are slices already, as `gather(sliced=True)` leaves them.
 
     Returns:
-      The vector; whole leaves keep their dtypes, the slab is float32.
+      The vector; large leaves keep their dtypes, the slab is float32.
     """
     place = layout.placement
-    whole = [leaves[i] for i in layout.whole]
     small = [leaves[i] for i in layout.small]
     if place is not None and place.mesh is not None:
-        if small:
-            whole.append(_slab_on_mesh(layout, place, small))
-        return lay_out(layout, Packed(tuple(whole), layout))
-    if small:
-        whole.append(layouts.to_slab(layout, small))
-    if place is not None:
-        first = len(layout.whole) if sliced else 0
-        whole[first:] = [
-            _cut(layout, i, whole[i], mean) for i in range(first, len(whole))
+        specs = base_specs(layout)
+        leaves = [
+            constrain(x, place.mesh, s) for x, s in zip(leaves, specs, strict=True)
         ]
-    return Packed(tuple(whole), layout)
+        stored = layouts.stack(layout, leaves)
+        if small:
+            stored.append(_slab_on_mesh(layout, place, small))
+        return lay_out(layout, Packed(tuple(stored), layout))
+    stored = layouts.stack(layout, leaves)
+    if small:
+        stored.append(layouts.to_slab(layout, small))
+    if place is not None:
+        first = len(layout.groups) if sliced else 0
+        stored[first:] = [
+            _cut(layout, i, stored[i], mean) for i in range(first, len(stored))
+        ]
+    return Packed(tuple(stored), layout)
 
 
 def cut(vector: Packed) -> Packed:
@@ -135,8 +140,8 @@ def gather(vector: Packed, dtypes: list[Any], *, sliced: bool = False) -> list[A
 
     Args:
       vector: In slices.
-      dtypes: Of the leaves; whole leaves are cast before they travel.
-      sliced: Leave the whole leaves in slices: with `mesh=` global arrays laid out so,
+      dtypes: Of the leaves; large leaves are cast before they travel.
+      sliced: Leave the large leaves in slices: with `mesh=` global arrays laid out so,
         with `axis_name=` this device's.
 
     Returns:
@@ -145,20 +150,22 @@ def gather(vector: Packed, dtypes: list[Any], *, sliced: bool = False) -> list[A
     """
     layout, place = vector.layout, vector.layout.placement
     mesh = None if place is None else place.mesh
-    last = len(layout.whole)
-    whole = [
-        x.astype(dtypes[i]) for i, x in zip(layout.whole, vector.leaves, strict=False)
+    last = len(layout.groups)
+    stacks = [
+        x.astype(jnp.result_type(*(dtypes[i] for i in group)))
+        for group, x in zip(layout.groups, vector.leaves, strict=False)
     ]
     slab = vector.leaves[last:]
     if mesh is not None:
         slab = tuple(constrain(x, mesh, P()) for x in slab)
     elif place is not None:
         if not sliced:
-            whole = [_join(layout, i, x) for i, x in enumerate(whole)]
+            stacks = [_join(layout, i, x) for i, x in enumerate(stacks)]
         slab = tuple(_join(layout, last, x) for x in slab)
-    small = layouts.from_slab(layout, slab[0]) if slab else []
-    small = [x.astype(dtypes[i]) for i, x in zip(layout.small, small, strict=True)]
-    leaves = layouts.in_order(layout, whole, small)
+    found = layouts.unstack(layout, stacks)
+    if slab:
+        found |= layouts.from_slab(layout, slab[0])
+    leaves = [found[i].astype(dtype) for i, dtype in enumerate(dtypes)]
     if mesh is None:
         return leaves
     specs = base_specs(layout) if sliced else _place(layout).param_specs
@@ -171,9 +178,11 @@ def gather(vector: Packed, dtypes: list[Any], *, sliced: bool = False) -> list[A
 def base_specs(layout: Layout) -> tuple[P, ...]:
     """Returns where a base optimizer that works on slices sees each parameter."""
     place = _place(layout)
-    small = [place.param_specs[i] for i in layout.small]
-    whole = place.slice_specs[: len(layout.whole)]
-    return tuple(layouts.in_order(layout, list(whole), small))
+    specs = list(place.param_specs)
+    for group, spec in zip(layout.groups, place.slice_specs, strict=False):
+        for i in group:
+            specs[i] = P(*spec[1:])
+    return tuple(specs)
 
 
 def _inner(layout: Layout, rows: Rows, vector: PyTree) -> Array:
@@ -221,7 +230,7 @@ def _local(layout: Layout) -> list[tuple[int, ...]]:
 
 
 def _slab_on_mesh(layout: Layout, place: Placement, small: list[Array]) -> Array:
-    """Returns the slab in slices; each device packs what it needs of whole leaves."""
+    """Returns the slab in slices; each device packs what it needs of large leaves."""
     mesh, spec = place.mesh, place.slice_specs[-1]
     assert mesh is not None
     dims = [(d, axes_of(entry)) for d, entry in enumerate(spec) if entry]

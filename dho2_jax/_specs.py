@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dho2_jax import _axes as axes
@@ -43,14 +43,25 @@ def state_shardings(
       ValueError: If there is no mesh, it is another one than that of `tx`, or the
         parameters do not fit it.
     """
-    config = find(_abstract_state(tx, params)).config
+    state = _abstract_state(tx, params)
+    config = find(state).config
     if mesh is not None and config.mesh is not None and mesh != config.mesh:
         raise ValueError(
             f"`mesh` must be that of dho2, {config.mesh}, got {mesh}; leave it out."
         )
     mesh = config.mesh or mesh or _mesh_of(params)
     specs = _specs(tx, params, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    explicit = AxisType.Explicit in mesh.axis_types
+
+    def sharding_of(spec: P, x: Any) -> NamedSharding:
+        # As jit returns them: to its cache, P() and P(None) are two.
+        full = P(*spec, *(None,) * (len(x.shape) - len(spec)))
+        return NamedSharding(mesh, full if explicit else spec)
+
+    leaves = zip(jax.tree.leaves(specs), jax.tree.leaves(state), strict=True)
+    return jax.tree.unflatten(
+        jax.tree.structure(specs), [sharding_of(spec, x) for spec, x in leaves]
+    )
 
 
 def state_specs(tx: optax.GradientTransformation, params: Params) -> PyTree:
@@ -88,11 +99,14 @@ def _specs(tx: Any, params: Params, mesh: Mesh | None) -> PyTree:
     else:
         known = sharding.read_specs(params, mesh, config.param_specs)
         place = sharding.place_on_mesh(
-            mesh, [known[i] for i in mine], layout.whole, layout.stored
+            mesh, [known[i] for i in mine], layout.groups, layout.stored
         )
         if config.mesh is None and not config.axis_name:
-            # Nothing splits them further: whole leaves follow their parameters.
-            follow = [place.param_specs[i] for i in layout.whole]
+            # Nothing splits them further: large leaves follow their parameters.
+            follow = [
+                sharding.with_rows(place.param_specs[group[0]], 1)
+                for group in layout.groups
+            ]
             follow += [P()] * (len(layout.stored) - len(follow))
             place = dataclasses.replace(place, slice_specs=tuple(follow))
         if not config.axis_name:

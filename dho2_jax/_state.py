@@ -93,12 +93,12 @@ def placed_layout(config: Config, params: PyTree) -> layouts.Layout:
         place = sharding.place_on_mesh(
             config.mesh,
             sharding.read_specs(params, config.mesh, config.param_specs),
-            layout.whole,
+            layout.groups,
             layout.stored,
         )
     elif config.axis_name:
         place = sharding.place_on_axes(
-            config.axis_name, len(layout.shapes), len(layout.whole), layout.stored
+            config.axis_name, len(layout.shapes), len(layout.groups), layout.stored
         )
     else:
         sharding.check_not_explicit(params)

@@ -29,6 +29,7 @@ SMALL = {
     ],
 }
 SHORT = [
+    "--config.mesh_shape=(1,)",
     "--config.steps=20",
     "--config.log_every=5",
     "--config.eval_every=10",

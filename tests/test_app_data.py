@@ -1,13 +1,19 @@
 """The data: no overlap, batches a pure function of (seed, step), known ranges."""
 
+import jax
 import numpy as np
 import pytest
 
-from dho2_jax.app import data
+from dho2_jax.app import data, images
 
 DATASETS = {
-    "patches": lambda: data.patches(32, patch_size=16, tile_size=64, num_validation=64),
-    "digits": lambda: data.digits(32, num_validation=360),
+    "patches": lambda: images.patches(
+        32, patch_size=16, tile_size=64, num_validation=64
+    ),
+    "digits": lambda: images.digits(32, num_validation=360),
+    "scenes": lambda: images.scenes(
+        32, image_size=40, num_classes=12, num_validation=20
+    ),
     "characters": lambda: data.characters(
         32, length=16, max_bytes=300_000, num_validation=64
     ),
@@ -34,9 +40,36 @@ def test_batches_depend_on_seed_and_step_only(name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_spec_describes_a_batch(name):
+    dataset = DATASETS[name]()
+    batch = dataset.train_batch(0, 0)
+    assert dataset.batch_spec == jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
+    )
+    # A validation batch has the same form, and another number of examples.
+    for spec, x in zip(
+        leaves(dataset.batch_spec), leaves(dataset.validation), strict=True
+    ):
+        assert x.shape[1:] == spec.shape[1:] and x.dtype == spec.dtype
+
+
+def test_validation_is_made_once_when_asked_for():
+    made = []
+
+    def load():
+        made.append(1)
+        return np.zeros(3)
+
+    dataset = data.Dataset(lambda seed, step: None, None, load)
+    assert not made
+    assert dataset.validation is dataset.validation
+    assert len(made) == 1
+
+
 def test_patches_share_no_pixel():
-    train, held_out = data.patch_positions(16, 64)
-    shape = data.photographs().shape
+    train, held_out = images.patch_positions(16, 64)
+    shape = images.photographs().shape
 
     def covered(positions):
         pixels = np.zeros(shape, bool)
@@ -54,9 +87,9 @@ def test_patches_share_no_pixel():
 
 def test_patches_are_cut_where_they_say():
     dataset = DATASETS["patches"]()
-    pixels = data.photographs()
+    pixels = images.photographs()
     assert pixels.min() >= 0 and pixels.max() <= 1
-    train, _ = data.patch_positions(16, 64)
+    train, _ = images.patch_positions(16, 64)
     # Same generator, same choice, but positions are looked up the slow way.
     chosen = data.generator(1, 2).choice(len(train), size=32)
     expected = [
@@ -67,11 +100,36 @@ def test_patches_are_cut_where_they_say():
 
 
 def test_digits_are_split():
-    dataset = data.digits(1437, num_validation=360)
-    images, labels = dataset.train_batch(0, 0)
-    together = np.concatenate([images, dataset.validation[0]])
+    dataset = images.digits(1437, num_validation=360)
+    pixels, labels = dataset.train_batch(0, 0)
+    together = np.concatenate([pixels, dataset.validation[0]])
     assert together.shape == (1797, 64) and len(np.unique(together, axis=0)) == 1797
-    assert set(labels) == set(range(10)) and images.max() == 1
+    assert set(labels) == set(range(10)) and pixels.max() == 1
+
+
+def test_scenes_show_digits_on_photographs():
+    dataset = images.scenes(64, image_size=40, num_classes=10, num_validation=20)
+    pixels, labels = dataset.train_batch(0, 0)
+    assert pixels.min() >= 0 and 0.9 < pixels.max() <= 1
+    assert len(np.unique(labels)) == 10
+    (train, train_labels), (held_out, _) = images.digits_split(20)
+    assert len(train) == 1777 and len(held_out) == len(dataset.validation[0]) == 20
+    # Where a digit is black, half of a photograph is left, and that alone.
+    chosen = data.generator(0, 0).integers(1777, size=64)
+    np.testing.assert_array_equal(train_labels[chosen], labels)
+    windows = np.lib.stride_tricks.sliding_window_view(
+        images.colours(), (5, 5), axis=(1, 2)
+    )
+    digit = train[chosen[0]].reshape(8, 8)
+    row, column = np.argwhere(digit == 0)[0]
+    piece = pixels[0, row * 5 :, column * 5 :][:5, :5].transpose(2, 0, 1)
+    assert (windows / 2 == piece).all((-3, -2, -1)).any()
+    # And where it is not, its value is added.
+    row, column = np.unravel_index(digit.argmax(), (8, 8))
+    piece = pixels[0, row * 5 :, column * 5 :][:5, :5].transpose(2, 0, 1)
+    background = 2 * piece - digit[row, column]
+    nearest = np.abs(windows - background).max((-3, -2, -1)).min()
+    assert nearest < 1e-6
 
 
 def test_source_text_is_split_by_file():

@@ -7,16 +7,20 @@ missing extra can be explained.
 
 import argparse
 import contextlib
+import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from dho2_jax.app import distributed
 from dho2_jax.app.errors import UserError, nearest
 
 EXTRA = "PIL absl flax matplotlib ml_collections sklearn tensorboardX tqdm".split()
 INTERRUPTED = 130  # what a shell expects after SIGINT
 
-COMMANDS = ("train", "compare")
+COMMANDS = ("train", "compare", "plan")
+OPTIONS = ("--help", "--topology", "--json", *distributed.OPTIONS)
 
 DESCRIPTION = """\
 Train with DHO²: a Newton step in the sharpest directions of the loss, any Optax
@@ -26,6 +30,7 @@ EPILOG = """\
 example:
   dho2 train configs/patch_autoencoder.py --config.optimizer.num_largest=20
   dho2 compare configs/digits_mlp.py --config.num_seeds=3
+  dho2 plan configs/gpt2_124m.py --topology v5e:16x16
 
 Every field of a config file can be set by --config.NAME=VALUE.
 """
@@ -37,6 +42,13 @@ config.workdir (default: runs/<name of the config>; never written over).
 COMPARE = """\
 Trains the base optimizer alone and DHO² on the same budget with several seeds
 (--config.num_seeds=3), prints a table and writes it to compare.json, with plot.png.
+"""
+PLAN = """\
+Says what a training run will need, before there is a machine for it: compiles the very
+programs that `dho2 train` runs for the chips named by --topology, and prints memory,
+collectives and FLOPs for each chip, also for half and for double as many. No TPU is
+needed, but its compiler, libtpu, is (pip install libtpu). A compilation for 256 chips
+takes a minute or more; its results are remembered.
 """
 
 
@@ -65,15 +77,41 @@ def _parser() -> argparse.ArgumentParser:
             help=brief,
             description=text,
             epilog="Fields of the config are set by --config.NAME=VALUE, for instance\n"
-            "--config.steps=300 or --config.optimizer.base=muon.",
-            usage=f"dho2 {name} [-h] CONFIG [--config.NAME=VALUE ...]",
+            "--config.steps=300 or --config.optimizer.base=muon.\n\n"
+            + distributed.HELP,
+            usage=f"dho2 {name} [-h] CONFIG [--config.NAME=VALUE ...] [options]",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         command.add_argument(
             "config", metavar="CONFIG", help="a config file, see configs/"
         )
+        distributed.add_options(command)
+    _add_plan(commands)
     return parser
+
+
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """Adds the command that trains nothing."""
+    command = commands.add_parser(
+        "plan",
+        help="what a run will need of each chip of a TPU pod, without the pod",
+        description=PLAN,
+        usage="dho2 plan [-h] CONFIG --topology NAME [--json FILE] "
+        "[--config.NAME=VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("config", metavar="CONFIG", help="a config file, see configs/")
+    command.add_argument(
+        "--topology",
+        metavar="NAME",
+        required=True,
+        help="such as v5e:16x16, v6e:8x8, v4:2x2x4, v5p:4x4x4 or cpu:8",
+    )
+    command.add_argument(
+        "--json", metavar="FILE", help="write what was measured there as well"
+    )
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,7 +140,7 @@ def _run(arguments: Sequence[str]) -> int:
             f"there is no command `{others[0]}`; {nearest(others[0], COMMANDS)}"
         )
     for argument in others:
-        if argument.startswith("--") and argument != "--help":
+        if argument.startswith("--") and argument.partition("=")[0] not in OPTIONS:
             raise UserError(
                 f"`{argument}` is not an option; a field of the config is set by "
                 "--config.NAME=VALUE."
@@ -111,6 +149,11 @@ def _run(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    if options.command == "plan":
+        return _plan(options, overrides)
+    distributed.join(
+        distributed.members(vars(options), os.environ), options.heartbeat_seconds
+    )
     from dho2_jax.app import compare, experiment, train
 
     with train.interruptible() as should_stop:
@@ -120,6 +163,8 @@ def _run(arguments: Sequence[str]) -> int:
         else:
             runs = compare.compare(prepared, should_stop)
         picture = experiment.draw(prepared, runs)
+    if prepared.directory is None:
+        return 0  # the first of many processes writes and prints
     if options.command == "train":
         for run in runs:
             print(_sentence(experiment.outcome(run)))
@@ -135,6 +180,22 @@ def _run(arguments: Sequence[str]) -> int:
         )
         return INTERRUPTED
     print(f"Wrote {picture} and, beside it, metrics as JSONL and TensorBoard events.")
+    return 0
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Prints what a run will need."""
+    file = None if options.json is None else pathlib.Path(options.json)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UserError(
+            f"`--json` must name a file in a directory that exists, got `{file}`."
+        )
+    from dho2_jax.app import plan, plan_table, writers
+
+    measured = plan.plan(options.config, overrides, options.topology)
+    print(plan_table.table(measured, options.topology))
+    if file is not None:
+        writers.write_json(file, measured)
     return 0
 
 
@@ -166,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"dho2: error: cannot use `{error.filename}`: {error.strerror}.",
             file=sys.stderr,
         )
+        distributed.leave(2)
         status = 2
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
@@ -179,7 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = 2
     except KeyboardInterrupt:
         print("dho2: stopped by Ctrl-C; what was written is kept.", file=sys.stderr)
+        distributed.leave(INTERRUPTED)
         status = INTERRUPTED
+    except Exception as error:
+        distributed.fail(error)
+        raise
     sys.exit(status)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dho2_jax.app.experiment import Experiment, compile_for, outcome, run_one
+from dho2_jax.app.experiment import Experiment, below, compile_for, outcome, run_one
 from dho2_jax.app.train import Run
 from dho2_jax.app.writers import write_json
 
@@ -31,7 +31,7 @@ def compare(experiment: Experiment, should_stop: Callable[[], bool]) -> list[Run
                 optimizer,
                 programs,
                 seed=seed,
-                directory=experiment.directory / f"{optimizer.name}-seed{seed}",
+                directory=below(experiment, f"{optimizer.name}-seed{seed}"),
                 should_stop=should_stop,
             )
             runs.append(run)
@@ -162,10 +162,11 @@ def table(summary: dict[str, Any], loss_label: str) -> str:
 
 
 def write_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
-    """Writes `compare.json` into the experiment's directory.
+    """Writes `compare.json` into the experiment's directory, if it has one.
 
     Args:
       experiment: The experiment.
       summary: From `summarise`.
     """
-    write_json(experiment.directory / "compare.json", summary)
+    if experiment.directory is not None:
+        write_json(experiment.directory / "compare.json", summary)

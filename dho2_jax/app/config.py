@@ -30,6 +30,9 @@ RUN_DEFAULTS: dict[str, Any] = {
     "train_base": True,
     "base_schedule": "constant",
     "workdir": "",  # empty: runs/<name of the config file>
+    "mesh_shape": (),  # empty: all devices on one axis; (1,): one device; -1: the rest
+    "mesh_axes": (),  # a name for each; a single axis needs none
+    "param_sharding": "replicated",  # "fsdp": split over the axis `fsdp`
 }
 REQUIRED: dict[str, type] = {
     "steps": int,
@@ -101,7 +104,7 @@ def keyword_defaults(
         default = parameter.default
         if default is None:
             allowed = typing.get_args(parameter.annotation)
-            kind = next((one for one in (str, int) if one in allowed), float)
+            kind = next((one for one in (str, bool, int) if one in allowed), float)
             default = config_dict.placeholder(kind)
         found[name] = default
     return found
@@ -255,6 +258,10 @@ def validate(config: Config) -> None:
             value = value[part]
         if not value >= 0:
             raise UserError(f"`config.{name}` must not be negative, got {value}.")
+    if config.seed + config.num_seeds > 2**32:
+        raise UserError(
+            f"`config.seed` must be below 2**32 - num_seeds, got {config.seed}."
+        )
     for name in ("momentum", "b1", "b2"):
         value = config.optimizer[name]
         if not 0 <= value < 1:

@@ -5,14 +5,16 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from tqdm import tqdm
 
 from dho2_jax.app import config as configs
-from dho2_jax.app import optimizers, plots, writers
+from dho2_jax.app import distributed, optimizers, placement, plots, writers
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.tasks import TASKS, Task
+from dho2_jax.app.task import Task
+from dho2_jax.app.tasks import TASKS
 from dho2_jax.app.train import Programs, Run, compile_programs, train
 
 
@@ -24,7 +26,9 @@ class Experiment(NamedTuple):
     task: Task
     dho2: optimizers.Optimizer
     base: optimizers.Optimizer
-    directory: pathlib.Path
+    mesh: jax.sharding.Mesh | None  # None: one device
+    param_specs: Any  # of PartitionSpecs, with a mesh
+    directory: pathlib.Path | None = None  # None: nothing is written by this process
 
 
 def prepare(path: str, overrides: Sequence[str]) -> Experiment:
@@ -35,10 +39,33 @@ def prepare(path: str, overrides: Sequence[str]) -> Experiment:
       overrides: `--config.NAME=VALUE` arguments.
 
     Returns:
-      The experiment; its directory exists, is new, and holds `config.json`.
+      The experiment; its directory exists, is new, and holds `config.json`. Among many
+      processes only the first has one.
 
     Raises:
       UserError: If anything in the config is wrong.
+    """
+    config = read_config(path, overrides)
+    experiment = build(pathlib.Path(path).stem, config)
+    if not distributed.is_first():
+        return experiment
+    directory = writers.free_directory(config.workdir or f"runs/{experiment.name}")
+    writers.write_json(directory / "config.json", config.to_dict())
+    return experiment._replace(directory=directory)
+
+
+def read_config(path: str, overrides: Sequence[str]) -> configs.Config:
+    """Loads, completes and checks a config.
+
+    Args:
+      path: The config file.
+      overrides: `--config.NAME=VALUE` arguments.
+
+    Returns:
+      A config with every field.
+
+    Raises:
+      UserError: If anything in it is wrong that does not depend on the devices.
     """
     defaults = optimizers.optimizer_defaults()
     config = configs.complete(configs.load(path), TASKS, defaults)
@@ -46,13 +73,34 @@ def prepare(path: str, overrides: Sequence[str]) -> Experiment:
     # Again, since an override may have named another task.
     config = configs.complete(config, TASKS, defaults)
     configs.validate(config)
-    dho2, base = optimizers.build_dho2(config), optimizers.build_base(config)
+    return config
+
+
+def build(
+    name: str, config: configs.Config, devices: Sequence[Any] | None = None
+) -> Experiment:
+    """Builds what a config describes; nothing is computed and nothing written.
+
+    Args:
+      name: Of the experiment.
+      config: A completed config.
+      devices: Those to use, also of another machine; default: all that there are.
+
+    Returns:
+      The experiment, without a directory.
+
+    Raises:
+      UserError: If the task, an optimizer or the devices reject a value.
+    """
     arguments = dict(config.task.items())
     task = TASKS[arguments.pop("name")](config.batch_size, **arguments)
-    name = pathlib.Path(path).stem
-    directory = writers.free_directory(config.workdir or f"runs/{name}")
-    writers.write_json(directory / "config.json", config.to_dict())
-    return Experiment(name, config, task, dho2, base, directory)
+    mesh = placement.make_mesh(config, devices)
+    specs = placement.param_specs(
+        jax.eval_shape(task.init, 0), mesh, config.param_sharding
+    )
+    dho2 = optimizers.build_dho2(config, mesh, specs)
+    base = optimizers.build_base(config)
+    return Experiment(name, config, task, dho2, base, mesh, specs)
 
 
 def compile_for(experiment: Experiment, optimizer: optimizers.Optimizer) -> Programs:
@@ -69,9 +117,14 @@ def compile_for(experiment: Experiment, optimizer: optimizers.Optimizer) -> Prog
       UserError: If the optimizer rejects the parameters or the loss.
     """
     size = configs.curvature_batch_size(experiment.config)
-    tqdm.write(f"Compiling {optimizer.label} ...", file=sys.stderr)
+    if distributed.is_first():
+        devices = experiment.mesh.size if experiment.mesh else 1
+        where = f" for {devices} devices" if devices > 1 else ""
+        tqdm.write(f"Compiling {optimizer.label}{where} ...", file=sys.stderr)
     try:
-        return compile_programs(experiment.task, optimizer, size)
+        return compile_programs(
+            experiment.task, optimizer, size, experiment.mesh, experiment.param_specs
+        )
     except ValueError as error:
         # What dho2 can check only when it sees the parameters.
         raise UserError(f"config.optimizer: {error}") from error
@@ -83,7 +136,7 @@ def run_one(
     programs: Programs,
     *,
     seed: int,
-    directory: pathlib.Path,
+    directory: pathlib.Path | None,
     should_stop: Callable[[], bool],
 ) -> Run:
     """Trains once and logs into `directory`.
@@ -93,7 +146,7 @@ def run_one(
       optimizer: Its `dho2` or its `base`.
       programs: Compiled for it.
       seed: Of the parameters and the batches.
-      directory: Where metrics and events go.
+      directory: Where metrics and events go; None writes nothing.
       should_stop: Asked before every update.
 
     Returns:
@@ -114,7 +167,12 @@ def run_one(
         )
 
 
-def draw(experiment: Experiment, runs: Sequence[Run]) -> pathlib.Path:
+def below(experiment: Experiment, name: str) -> pathlib.Path | None:
+    """Returns the path of a run's directory, or None if nothing is written."""
+    return None if experiment.directory is None else experiment.directory / name
+
+
+def draw(experiment: Experiment, runs: Sequence[Run]) -> pathlib.Path | None:
     """Draws the runs that there are.
 
     Args:
@@ -122,8 +180,10 @@ def draw(experiment: Experiment, runs: Sequence[Run]) -> pathlib.Path:
       runs: At least one run.
 
     Returns:
-      The path of the picture.
+      The path of the picture; None without a directory.
     """
+    if experiment.directory is None:
+        return None
     path = experiment.directory / "plot.png"
     plots.plot_runs(
         path,
@@ -155,14 +215,15 @@ def train_both(experiment: Experiment, should_stop: Callable[[], bool]) -> list[
             optimizer,
             programs,
             seed=experiment.config.seed,
-            directory=experiment.directory / optimizer.name,
+            directory=below(experiment, optimizer.name),
             should_stop=should_stop,
         )
         runs.append(run)
         if run.interrupted:
             break
-    summary = {run.optimizer.name: outcome(run) for run in runs}
-    writers.write_json(experiment.directory / "summary.json", summary)
+    if experiment.directory is not None:
+        summary = {run.optimizer.name: outcome(run) for run in runs}
+        writers.write_json(experiment.directory / "summary.json", summary)
     return runs
 
 

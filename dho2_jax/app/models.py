@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small networks of the experiments, as Flax NNX modules.
+"""Networks of several tasks, as Flax NNX modules.
 
 They know nothing about data, losses or optimizers: `tasks` puts these together.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,23 +36,58 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Causal self-attention and a feed-forward part, each after a layer norm."""
+    """Self-attention and a feed-forward part, each after a layer norm."""
 
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        is_causal: bool = True,
+        use_bias: bool = False,
+        epsilon: float = 1e-6,
+        kernel_init: nnx.Initializer | None = None,
+        residual_init: nnx.Initializer | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
         """Builds the two parts.
 
         Args:
           width: Features of the residual stream, a multiple of `num_heads`.
           num_heads: Attention heads.
+          is_causal: Whether a position sees only those before it.
+          use_bias: Whether the attention's matrices have biases, as the others do.
+          epsilon: Added to the variances in the layer norms.
+          kernel_init: Initial matrices; default: normal with variance 1 / fan-in.
+          residual_init: Those that write into the residual stream; default: the same.
+          dtype: Of the arithmetic; default: the parameters' own.
           rngs: Source of the initial weights.
         """
         self.num_heads = num_heads
-        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.query_key_value = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.attention_out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.mlp_in = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.mlp_out = nnx.Linear(4 * width, width, rngs=rngs)
+        self.is_causal = is_causal
+        kernel_init = kernel_init or nnx.initializers.lecun_normal()
+        residual_init = residual_init or kernel_init
+
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+        def linear(fan_in: int, fan_out: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                fan_in,
+                fan_out,
+                use_bias=use_bias,
+                kernel_init=residual_init if fan_out == width else kernel_init,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.attention_norm = norm()
+        self.query_key_value = linear(width, 3 * width, use_bias)
+        self.attention_out = linear(width, width, use_bias)
+        self.mlp_norm = norm()
+        self.mlp_in = linear(width, 4 * width, True)
+        self.mlp_out = linear(4 * width, width, True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(batch, length, width)` to the same shape."""
@@ -61,7 +97,9 @@ class Block(nnx.Module):
         query, key, value = (
             one.reshape(heads) for one in jnp.split(projected, 3, axis=-1)
         )
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            query, key, value, is_causal=self.is_causal
+        )
         x = x + self.attention_out(mixed.reshape(x.shape))
         return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
 
@@ -104,3 +142,24 @@ class CharTransformer(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.output(self.final_norm(x))
+
+
+def apply_in_turn(blocks: Iterable[nnx.Module], x: jax.Array, remat: bool) -> jax.Array:
+    """Sends `x` through one block after the other.
+
+    Args:
+      blocks: Modules of one argument.
+      x: What the first of them takes.
+      remat: Whether derivatives compute each block again instead of storing it.
+
+    Returns:
+      What the last block gives.
+    """
+    call = nnx.remat(_call) if remat else _call
+    for block in blocks:
+        x = call(block, x)
+    return x
+
+
+def _call(block: Any, x: jax.Array) -> jax.Array:
+    return block(x)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import dho2_jax
@@ -25,7 +26,9 @@ BASE_DEFAULTS: dict[str, Any] = {
     "b2": 0.999,
     "weight_decay": 1e-4,  # adamw
 }
-NOT_FIELDS = ("rate_schedule",)  # `config.optimizer.schedule` takes its place
+# `config.optimizer.schedule` takes the place of the first; the others follow from
+# `config.mesh_shape` and the fields beside it.
+NOT_FIELDS = ("rate_schedule", "mesh", "param_specs", "axis_name")
 
 
 class Optimizer(NamedTuple):
@@ -127,11 +130,15 @@ def build_base(config: Config) -> Optimizer:
     return Optimizer("base", label, optax.with_extra_args_support(transform))
 
 
-def build_dho2(config: Config) -> Optimizer:
+def build_dho2(
+    config: Config, mesh: jax.sharding.Mesh | None = None, param_specs: Any = None
+) -> Optimizer:
     """Builds DHO² on top of the base optimizer.
 
     Args:
       config: A completed config.
+      mesh: Over which the curvature is split, or None.
+      param_specs: How the parameters are split over it.
 
     Returns:
       The optimizer, with what the loop needs to know about its refreshes.
@@ -151,6 +158,8 @@ def build_dho2(config: Config) -> Optimizer:
         # None stands for the library's own default.
         if name not in BASE_DEFAULTS and value is not None
     }
+    if mesh is not None:
+        arguments |= {"mesh": mesh, "param_specs": param_specs}
     try:
         transform = dho2_jax.dho2(
             base, rate_schedule=outside(1.0, config.steps), **arguments

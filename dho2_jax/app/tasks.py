@@ -1,57 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task is a dataset, a model and a loss; `TASKS` has those a config may name.
+"""The small tasks, and `TASKS`: all that a config may name.
 
-Sits between `data`, `models` and the training loop, which sees pytrees and a loss only.
+The larger ones have a file each: `gpt2`, `resnet`, `vit`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from dho2_jax.app import data, models
-from dho2_jax.app.errors import UserError
-
-Params = Any  # a pytree of arrays
-
-
-class Task(NamedTuple):
-    """What a training loop needs to know."""
-
-    init: Callable[[int], Params]  # seed -> parameters, nested dicts of arrays
-    outputs_fn: Callable[[Params, data.Batch], jax.Array]  # what the network says
-    output_loss: Callable[[jax.Array, data.Batch], jax.Array]  # mean over the batch
-    dataset: data.Dataset
-    loss_label: str  # what the loss is, with its unit, for axes and tables
-
-    def loss_fn(self, params: Params, batch: data.Batch) -> jax.Array:
-        """Returns the mean loss of `params` over `batch`."""
-        return self.output_loss(self.outputs_fn(params, batch), batch)
-
-
-def _split(build: Callable[[nnx.Rngs], nnx.Module]):
-    """Separates a module into `init(seed) -> params` and `apply(params, x)`.
-
-    The module is split once. From here on parameters are nested dicts of arrays, so
-    that optimizers need to know nothing about Flax.
-    """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-
-    # Compiled as one program: far quicker than one program an initializer.
-    @jax.jit
-    def from_key(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
-
-    def init(seed: int) -> Params:
-        return from_key(jax.random.key(seed))
-
-    def apply(params: Params, inputs: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(inputs)
-
-    return init, apply
+from dho2_jax.app import data, images, models
+from dho2_jax.app.gpt2 import gpt2
+from dho2_jax.app.resnet import resnet
+from dho2_jax.app.task import (
+    Task,
+    check_heads,
+    check_sizes,
+    classification,
+    cross_entropy,
+    split_module,
+)
+from dho2_jax.app.vit import vit
 
 
 def patch_autoencoder(
@@ -74,15 +44,15 @@ def patch_autoencoder(
     Returns:
       The task; its loss sums over pixels and averages over patches.
     """
-    dataset = data.patches(
+    dataset = images.patches(
         batch_size,
         patch_size=patch_size,
         tile_size=tile_size,
         num_validation=num_validation,
     )
-    encoder = (patch_size**2, *_sizes("widths", widths))
+    encoder = (patch_size**2, *check_sizes("widths", widths))
     sizes = encoder + encoder[-2::-1]
-    init, apply = _split(lambda rngs: models.MLP(sizes, rngs=rngs))
+    init, apply = split_module(lambda rngs: models.MLP(sizes, rngs=rngs))
 
     def output_loss(outputs: jax.Array, batch: jax.Array) -> jax.Array:
         return jnp.mean(jnp.sum((outputs - batch) ** 2, axis=-1))
@@ -106,17 +76,11 @@ def digits_mlp(
     Returns:
       The task; its loss is in nats per image.
     """
-    sizes = (64, *_sizes("widths", widths), 10)
-    init, apply = _split(lambda rngs: models.MLP(sizes, rngs=rngs))
+    sizes = (64, *check_sizes("widths", widths), 10)
+    init, apply = split_module(lambda rngs: models.MLP(sizes, rngs=rngs))
 
-    dataset = data.digits(batch_size, num_validation=num_validation)
-    return Task(
-        init,
-        lambda params, batch: apply(params, batch[0]),
-        lambda logits, batch: _cross_entropy(logits, batch[1]),
-        dataset,
-        "cross-entropy (nats per image)",
-    )
+    dataset = images.digits(batch_size, num_validation=num_validation)
+    return classification(init, apply, dataset)
 
 
 def char_lm(
@@ -146,11 +110,7 @@ def char_lm(
     Raises:
       UserError: If the heads do not divide the width.
     """
-    if num_heads < 1 or width % num_heads:
-        raise UserError(
-            "config.task.num_heads must divide config.task.width, "
-            f"got {num_heads} and {width}."
-        )
+    check_heads(width, num_heads)
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
         return models.CharTransformer(
@@ -162,7 +122,7 @@ def char_lm(
             rngs=rngs,
         )
 
-    init, apply = _split(build)
+    init, apply = split_module(build)
 
     dataset = data.characters(
         batch_size, length=length, max_bytes=max_bytes, num_validation=num_validation
@@ -170,31 +130,17 @@ def char_lm(
     return Task(
         init,
         lambda params, tokens: apply(params, tokens[:, :-1]),
-        lambda logits, tokens: _cross_entropy(logits, tokens[:, 1:]),
+        lambda logits, tokens: cross_entropy(logits, tokens[:, 1:]),
         dataset,
         "cross-entropy (nats per character)",
     )
-
-
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean cross-entropy in nats."""
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean()
-
-
-def _sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Checks layer sizes: a non-empty sequence of positive integers."""
-    sizes = tuple(sizes)
-    if not sizes or not all(isinstance(one, int) and one >= 1 for one in sizes):
-        raise UserError(
-            f"config.task.{name} must hold positive integers, such as (128, 64), "
-            f"got {sizes}."
-        )
-    return sizes
 
 
 TASKS: dict[str, Callable[..., Task]] = {
     "patch_autoencoder": patch_autoencoder,
     "digits_mlp": digits_mlp,
     "char_lm": char_lm,
+    "gpt2": gpt2,
+    "resnet": resnet,
+    "vit": vit,
 }

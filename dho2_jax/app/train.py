@@ -14,22 +14,42 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from tqdm import tqdm
 
 import dho2_jax
+from dho2_jax.app import distributed, placement
 from dho2_jax.app.optimizers import Optimizer
-from dho2_jax.app.tasks import Task
+from dho2_jax.app.task import Task
 from dho2_jax.app.writers import Row
+
+
+class Blueprint(NamedTuple):
+    """A program before it is compiled: `function.lower(*arguments)`."""
+
+    function: Any  # jitted
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs, with shardings on a mesh
+
+
+class Blueprints(NamedTuple):
+    """All that a run executes but the evaluation, which needs the validation batch."""
+
+    start: Blueprint  # seed -> params, state
+    step: Blueprint  # params, state, batch -> params, state, loss
+    refresh: Blueprint | None  # state, params, batch -> state
+    observe: Blueprint | None  # state -> metrics, spectrum
 
 
 class Programs(NamedTuple):
     """Compiled ahead of time, so that no clock ever sees a compilation."""
 
+    start: Callable[..., Any]  # seed, uint32 -> params, state
     step: Callable[..., Any]  # params, state, batch -> params, state, loss
-    evaluate: Callable[..., Any]  # params, batch -> loss
-    refresh: Callable[..., Any] | None  # state, params, curvature_batch -> state
+    refresh: Callable[..., Any] | None  # state, params, batch -> state
     observe: Callable[..., Any] | None  # state -> metrics, spectrum
+    evaluate: Callable[..., Any]  # params -> loss
+    place: Callable[..., Any]  # batch in host memory -> batch on the devices
     compile_seconds: float
 
 
@@ -53,30 +73,52 @@ class Run:
         )
 
 
-def compile_programs(
-    task: Task, optimizer: Optimizer, curvature_batch_size: int
-) -> Programs:
-    """Compiles what a run of this task with this optimizer will execute.
+def build_programs(
+    task: Task,
+    optimizer: Optimizer,
+    curvature_batch_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+    param_specs: Any = None,
+) -> Blueprints:
+    """Builds what a run of this task with this optimizer executes, and nothing more.
+
+    Nothing is computed and no array is made: the devices of the mesh may be those of
+    another machine.
 
     Args:
       task: The task.
-      optimizer: The optimizer.
-      curvature_batch_size: Examples at the head of each batch that measure curvature.
+      optimizer: The optimizer, built for the same mesh.
+      curvature_batch_size: Examples of each batch that measure curvature, spread evenly
+        over it, so that on a mesh every device has its part already.
+      mesh: The mesh, or None for one device.
+      param_specs: How the parameters are split, from `placement.param_specs`.
 
     Returns:
-      The programs; they serve every seed. The training step and the refresh donate the
-      parameters and states that they replace.
+      The programs with their abstract arguments; they serve every seed. The training
+      step and the refresh donate the parameters and states that they replace.
     """
     transform = optimizer.transform
+    whole = placement.replicated(mesh)
+    param_shardings = placement.param_shardings(mesh, param_specs)
+    params = placement.abstract(jax.eval_shape(task.init, 0), param_shardings)
+    state_shardings = placement.state_shardings(
+        transform, params, mesh, hybrid=optimizer.hybrid
+    )
+    state = placement.abstract(jax.eval_shape(transform.init, params), state_shardings)
+    batch = placement.abstract(task.dataset.batch_spec, placement.batch_sharding(mesh))
 
     def curvature_of(batch) -> Any:
-        part = jax.tree.map(lambda x: x[:curvature_batch_size], batch)
+        part = placement.spread(batch, curvature_batch_size, mesh)
         if optimizer.gauss_newton:
             return (
                 lambda params: task.outputs_fn(params, part),
                 lambda outputs: task.output_loss(outputs, part),
             )
         return lambda params: task.loss_fn(params, part)
+
+    def start(seed):
+        params = task.init(seed)
+        return params, transform.init(params)
 
     def step(params, state, batch):
         loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
@@ -91,22 +133,66 @@ def compile_programs(
         subspace = dho2_jax.subspace(state)
         return dho2_jax.metrics(state), (subspace.eigenvalues, subspace.valid)
 
-    params = task.init(0)
-    state = jax.jit(transform.init)(params)
-    batch = task.dataset.train_batch(0, 0)
-    start = time.perf_counter()
-    programs = Programs(
-        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile(),
-        jax.jit(task.loss_fn).lower(params, task.dataset.validation).compile(),
-        (
-            jax.jit(refresh, donate_argnums=0).lower(state, params, batch).compile()
-            if optimizer.refresh_at is not None
-            else None
+    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=whole)
+    pair = (param_shardings, state_shardings)
+    return Blueprints(
+        Blueprint(jax.jit(start, out_shardings=pair), (seed,)),
+        Blueprint(
+            jax.jit(step, out_shardings=(*pair, whole), donate_argnums=(0, 1)),
+            (params, state, batch),
         ),
-        jax.jit(observe).lower(state).compile() if optimizer.hybrid else None,
-        0.0,
+        Blueprint(
+            jax.jit(refresh, out_shardings=state_shardings, donate_argnums=0),
+            (state, params, batch),
+        )
+        if optimizer.refresh_at is not None
+        else None,
+        Blueprint(jax.jit(observe, out_shardings=whole), (state,))
+        if optimizer.hybrid
+        else None,
     )
-    return programs._replace(compile_seconds=time.perf_counter() - start)
+
+
+def compile_programs(
+    task: Task,
+    optimizer: Optimizer,
+    curvature_batch_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+    param_specs: Any = None,
+) -> Programs:
+    """Compiles what `build_programs` builds, and the evaluation.
+
+    Args:
+      task: The task.
+      optimizer: The optimizer, built for the same mesh.
+      curvature_batch_size: Examples of each batch that measure curvature.
+      mesh: The mesh, or None for one device.
+      param_specs: How the parameters are split.
+
+    Returns:
+      The programs; they serve every seed.
+    """
+    began = time.perf_counter()
+    blueprints = build_programs(
+        task, optimizer, curvature_batch_size, mesh, param_specs
+    )
+
+    def compiled(one: Blueprint) -> Any:
+        return one.function.lower(*one.arguments).compile()
+
+    params = blueprints.step.arguments[0]
+    validation = placement.put(task.dataset.validation, mesh)
+    evaluate = jax.jit(task.loss_fn, out_shardings=placement.replicated(mesh))
+    evaluate = evaluate.lower(params, validation).compile()
+    return Programs(
+        start=compiled(blueprints.start),
+        step=compiled(blueprints.step),
+        refresh=compiled(blueprints.refresh) if blueprints.refresh else None,
+        observe=compiled(blueprints.observe) if blueprints.observe else None,
+        evaluate=lambda params: evaluate(params, validation),
+        place=lambda batch: placement.put(batch, mesh),
+        compile_seconds=time.perf_counter() - began,
+    )
 
 
 def train(
@@ -142,8 +228,7 @@ def train(
       The run, with the rows written so far if it was stopped.
     """
     run = Run(optimizer, seed, programs.compile_seconds)
-    params = task.init(seed)
-    state = jax.jit(optimizer.transform.init)(params)
+    params, state = programs.start(np.uint32(seed))
     losses: list[jax.Array] = []
     refresh_at = optimizer.refresh_at
     seconds, refreshes = 0.0, 0
@@ -155,7 +240,7 @@ def train(
             values = jax.device_get(losses)
             row["train_loss"] = float(sum(values) / len(values))
         if evaluate:
-            row["val_loss"] = float(programs.evaluate(params, task.dataset.validation))
+            row["val_loss"] = float(programs.evaluate(params))
         if programs.observe is not None:
             metrics, (eigenvalues, valid) = jax.device_get(programs.observe(state))
             row |= {name: value.item() for name, value in metrics.items()}
@@ -172,13 +257,14 @@ def train(
         desc=f"{optimizer.label}, seed {seed}",
         unit="step",
         mininterval=0.5,
+        disable=not distributed.is_first(),
     ) as bar:
         start, logged = time.perf_counter(), 0
         run.interrupted = should_stop()  # pressed while the programs compiled
         for done in range(1, steps + 1):
             if run.interrupted:
                 break
-            batch = task.dataset.train_batch(seed, done - 1)
+            batch = programs.place(task.dataset.train_batch(seed, done - 1))
             if programs.refresh and refresh_at and refresh_at(done - 1):
                 state = programs.refresh(state, params, batch)
             params, state, loss = programs.step(params, state, batch)
@@ -208,11 +294,15 @@ def _progress(row: Row) -> str:
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into a question that the loop asks; a second one raises.
 
+    Among many processes the first one raises: a process that stops while the others
+    take the next step would leave them waiting.
+
     Yields:
       A function that says whether Ctrl-C was pressed.
     """
     pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if jax.distributed.is_initialized() or not in_main:
         yield pressed.is_set
         return
     previous = signal.getsignal(signal.SIGINT)

@@ -55,16 +55,19 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def open_log(directory: pathlib.Path) -> Iterator[Callable[[Row], None]]:
+def open_log(directory: pathlib.Path | None) -> Iterator[Callable[[Row], None]]:
     """Opens `metrics.jsonl` and TensorBoard events in `directory`.
 
     Args:
-      directory: Created if it does not exist.
+      directory: Created if it does not exist; None writes nothing.
 
     Yields:
       A function that writes one row. Each line is flushed at once, so that a run that
       dies keeps what it wrote.
     """
+    if directory is None:
+        yield lambda row: None
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with (
         open(directory / "metrics.jsonl", "w", encoding="utf-8") as lines,

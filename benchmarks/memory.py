@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the curvature per device, asked of the TPU compiler; no TPU is needed.
+
+    python benchmarks/memory.py [--models gpt2_124m,resnet152,vit_b16] [--chips 4,16]
+
+For each model, number of v5e chips and kind of mesh, two ratios to an even split:
+
+    basis    D (bytes of the stored eigenvectors per device) / (k n 4)
+    Lanczos  D (temp(m=24) - temp(m=8)) / (16 n 4), temporaries of the whole refresh
+
+1 is what no layout can beat; what is above it is padding. Compiles take a minute for
+256 chips. The product in the refresh is a cheap stand-in: it holds no rows.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from dho2_jax.app import topology as topologies
+
+ROOT = pathlib.Path(__file__).resolve().parent
+GRIDS = {4: (2, 2), 16: (4, 4), 64: (8, 8), 256: (16, 16)}
+MODELS = ("gpt2_124m", "resnet152", "vit_b16")
+NUM_LARGEST = 16
+KEYS = ("model", "chips", "mesh")
+
+
+def measure(model: str, chips: int) -> None:
+    """Prints one JSON line for each kind of mesh; runs in a process of its own."""
+    import jax
+    import optax
+    from jax.sharding import AxisType, Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import dho2_jax
+    from dho2_jax.app import config as configs
+    from dho2_jax.app import measure as measuring
+    from dho2_jax.app import optimizers
+    from dho2_jax.app.tasks import TASKS
+
+    name = "x".join(map(str, GRIDS[chips]))
+    devices = topologies.devices(topologies.parse(f"v5e:{name}"))
+    config = configs.load(str(ROOT.parent / "configs" / f"{model}.py"))
+    config = configs.complete(config, TASKS, optimizers.optimizer_defaults())
+    arguments = dict(config.task.items())
+    task = TASKS[arguments.pop("name")](config.batch_size, **arguments)
+    shapes = jax.eval_shape(task.init, 0)
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+    def product(params):
+        return lambda v: jax.tree.map(lambda a, b: a * b, v, params)
+
+    for kind, grid in (("one axis", (chips,)), ("two axes", GRIDS[chips])):
+        names = ("data", "model")[: len(grid)]
+        import numpy as np
+
+        mesh = Mesh(
+            np.array(devices).reshape(grid), names, (AxisType.Auto,) * len(grid)
+        )
+        params = jax.tree.map(
+            lambda x, m=mesh: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(m, P())
+            ),
+            shapes,
+        )
+
+        def state_of(num_largest, num_matvecs, m=mesh, p=params):
+            tx = dho2_jax.dho2(
+                optax.sgd(0.1),
+                mesh=m,
+                num_largest=num_largest,
+                num_matvecs=num_matvecs,
+                refresh="external",
+            )
+            return jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                jax.eval_shape(tx.init, p),
+                dho2_jax.state_shardings(tx, p),
+            )
+
+        def temporaries(num_matvecs, state_of=state_of, p=params):
+            def refresh(state, params):
+                return dho2_jax.refresh(state, params, matvec_fn=product)
+
+            # Eight pairs in both: the difference is that of the Lanczos basis.
+            state = state_of(8, num_matvecs)
+            compiled = jax.jit(refresh, donate_argnums=0).lower(state, p).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        start = time.perf_counter()
+        vectors = state_of(NUM_LARGEST, NUM_LARGEST + 8).curvature.subspace.eigenvectors
+        basis = chips * measuring.argument_bytes(vectors) / (NUM_LARGEST * size * 4)
+        slope = (temporaries(24) - temporaries(8)) * chips / (16 * size * 4)
+        row = {
+            "model": model,
+            "chips": chips,
+            "mesh": kind,
+            "basis": basis,
+            "lanczos": slope,
+            "seconds": time.perf_counter() - start,
+        }
+        print(json.dumps(row), flush=True)

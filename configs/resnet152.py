@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ResNet-152, a shape for pods: `dho2 train configs/resnet152.py`."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Returns the experiment's fields."""
+    config = config_dict.ConfigDict()
+    config.seed = 0
+    # The data are a stand-in, see the task: enough steps for a look at the speed.
+    config.steps = 1000
+    config.batch_size = 1024
+    config.curvature_batch_size = 256  # at least one example a chip, up to 256 chips
+    config.log_every = 10
+    config.eval_every = 100
+
+    config.task = config_dict.ConfigDict()
+    config.task.name = "resnet"
+    config.task.image_size = 224
+    config.task.num_classes = 1000
+    config.task.stage_sizes = (3, 8, 36, 3)
+    config.task.width = 64
+
+    # No rate here is tuned. The base has 0.1 for each 256 images and momentum 0.9
+    # (arXiv 1706.02677), without the weight decay used there.
+    config.base_learning_rate = 0.4
+    config.base_schedule = "warmup_cosine"
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.base = "heavy_ball"
+    config.optimizer.momentum = 0.9
+    config.optimizer.learning_rate = 1e-2  # a start: the curvature sets the rate
+    # Multiples of 8 rows of the basis tile a TPU's memory without padding; eight
+    # products more than pairs, since m = k + 4 was enough on the small tasks.
+    config.optimizer.num_largest = 16
+    config.optimizer.num_matvecs = 24
+    config.optimizer.refresh = "external"
+    config.optimizer.refresh_period = 200
+    config.optimizer.early_refreshes = (20, 50)  # curvature changes fastest at first
+    config.optimizer.base_rate = "curvature"
+    return config

@@ -1,0 +1,166 @@
+"""`axis_name=`: the same numbers inside the caller's own `shard_map` or `pmap`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import up_to_sign
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded_cases import (
+    FAST,
+    FEW,
+    OPTIONS,
+    PROBLEMS,
+    assert_close,
+    assert_unused_untouched,
+    batch,
+    dense,
+    loss,
+    parameters,
+)
+
+import dho2_jax
+
+STEPS = 12
+
+
+def transformation(axis_name, **kwargs):
+    return dho2_jax.dho2(
+        PROBLEMS["few"].base(), axis_name=axis_name, **OPTIONS | kwargs
+    )
+
+
+def step_on(tx, names, check_vma=True):
+    """One step on a device's share of the batch, the loss without collectives."""
+
+    def step(params, state, batch):
+        own = params
+        if check_vma:  # else the derivative would be summed over the devices
+            own = jax.tree.map(lambda x: jax.lax.pcast(x, names, to="varying"), params)
+        value, grads = jax.value_and_grad(loss)(own, batch)
+        value, grads = jax.lax.pmean((value, grads), names)
+        updates, state = tx.update(
+            grads, state, params, value_fn=lambda p: loss(p, batch)
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def make_mesh(shape, names):
+    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), names)
+
+
+def rows_of(subspace):
+    leaves = jax.tree.leaves(subspace.eigenvectors)
+    return np.concatenate(
+        [np.asarray(x, np.float64).reshape(len(x), -1) for x in leaves], axis=1
+    )
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """One device on the whole batch."""
+    return dense("few")[0].run(STEPS)
+
+
+@pytest.mark.parametrize(
+    "shape, names, check_vma, shard_base_state",
+    [
+        ((8,), ("d",), True, False),
+        ((8,), ("d",), False, True),
+        ((4, 2), ("a", "b"), True, True),
+    ],
+)
+def test_shard_map_trains_as_one_device(
+    shape, names, check_vma, shard_base_state, expected
+):
+    mesh = make_mesh(shape, names)
+    tx = transformation(
+        names[0] if len(names) == 1 else names, shard_base_state=shard_base_state
+    )
+    params = jax.device_put(parameters(FEW), NamedSharding(mesh, P()))
+    shares = jax.device_put(batch(), NamedSharding(mesh, P(names)))
+    specs = dho2_jax.state_specs(tx, params)
+
+    def mapped(function, in_specs, out_specs):
+        local = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=check_vma,
+        )
+        return jax.jit(local, compiler_options=FAST)
+
+    state = mapped(tx.init, P(), specs)(params)
+    where = dho2_jax.state_shardings(tx, params, mesh)
+    for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+    step = mapped(
+        step_on(tx, names, check_vma), (P(), specs, P(names)), (P(), specs, P())
+    )
+    lowered = step.lower(params, state, shares).as_text()
+    assert "stablehlo.reduce_scatter" in lowered
+    losses = []
+    for _ in range(STEPS):
+        params, state, value = step(params, state, shares)
+        losses.append(float(value))
+    assert step._cache_size() == 1
+
+    np.testing.assert_allclose(losses, expected.losses, rtol=2e-5)
+    assert_close(params, expected.params, 1e-4)
+    assert_unused_untouched(params)
+    found, other = dho2_jax.subspace(state), dho2_jax.subspace(expected.state)
+    np.testing.assert_allclose(found.eigenvalues, other.eigenvalues, atol=3e-4)
+    assert up_to_sign(rows_of(found), rows_of(other)) < 1e-3
+    for x in state.curvature.subspace.eigenvectors.leaves:
+        assert x.addressable_shards[0].data.size == x.size // 8
+    moment = state.base_state[0].mu["tall"].addressable_shards[0].data
+    assert moment.size == 2560 // (8 if shard_base_state else 1)
+
+
+def test_pmap_trains_as_one_device(expected):
+    tx = transformation("d")
+    params = jax.tree.map(lambda x: jnp.stack([x] * 8), parameters(FEW))
+    shares = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch())
+    state = jax.pmap(tx.init, axis_name="d")(params)
+    step = jax.pmap(step_on(tx, ("d",), check_vma=False), axis_name="d")
+    losses = []
+    for _ in range(STEPS):
+        params, state, value = step(params, state, shares)
+        losses.append(np.asarray(value))
+    np.testing.assert_array_equal(losses, np.array(losses)[:, :1].repeat(8, 1))
+    np.testing.assert_allclose(np.array(losses)[:, 0], expected.losses, rtol=2e-5)
+    for x in jax.tree.leaves(params):
+        np.testing.assert_array_equal(x, np.stack([x[0]] * 8))
+    assert_close(jax.tree.map(lambda x: x[0], params), expected.params, 1e-4)
+
+
+def test_init_and_a_scan_of_updates_inside_one_shard_map(expected):
+    """What varies over the axis after `update` is what varied before it."""
+    tx = transformation("d")
+    step = step_on(tx, ("d",))
+
+    def run(params, batch):
+        def body(carry, _):
+            params, state, value = step(*carry, batch)
+            return (params, state), value
+
+        carry = params, tx.init(params)
+        (params, state), losses = jax.lax.scan(body, carry, None, length=STEPS)
+        return params, losses, dho2_jax.metrics(state), dho2_jax.subspace(state)
+
+    mapped = jax.shard_map(
+        run, mesh=make_mesh((8,), ("d",)), in_specs=(P(), P("d")), out_specs=P()
+    )
+    run = jax.jit(mapped, compiler_options=FAST)
+    params, losses, metrics, subspace = run(parameters(FEW), batch())
+    np.testing.assert_allclose(losses, expected.losses, rtol=2e-5)
+    assert_close(params, expected.params, 1e-4)
+    assert int(metrics["refreshes"]) == 2
+    rows = rows_of(dho2_jax.subspace(expected.state))
+    assert up_to_sign(rows_of(subspace), rows) < 1e-3
