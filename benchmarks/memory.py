@@ -15,7 +15,6 @@ For each model, number of v5e chips and kind of mesh, two ratios to an even spli
 import argparse
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -33,6 +32,7 @@ KEYS = ("model", "chips", "mesh")
 def measure(model: str, chips: int) -> None:
     """Prints one JSON line for each kind of mesh; runs in a process of its own."""
     import jax
+    import numpy as np
     import optax
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -57,7 +57,6 @@ def measure(model: str, chips: int) -> None:
 
     for kind, grid in (("one axis", (chips,)), ("two axes", GRIDS[chips])):
         names = ("data", "model")[: len(grid)]
-        import numpy as np
 
         mesh = Mesh(
             np.array(devices).reshape(grid), names, (AxisType.Auto,) * len(grid)
@@ -105,3 +104,55 @@ def measure(model: str, chips: int) -> None:
             "seconds": time.perf_counter() - start,
         }
         print(json.dumps(row), flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    """Returns the rows as a table in Markdown."""
+    lines = [
+        "| model | chips | mesh | eigenbasis | Lanczos basis |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['chips']} | {row['mesh']} "
+        f"| {row['basis']:.4f} | {row['lanczos']:.4f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures what the arguments ask for and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--chips", default=",".join(map(str, GRIDS)))
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    options = parser.parse_args()
+    rows: list[dict] = []
+    for model in options.models.split(","):
+        for chips in map(int, options.chips.split(",")):
+            code = f"import memory; memory.measure({model!r}, {chips})"
+            name = "x".join(map(str, GRIDS[chips]))
+            environment = topologies.environment(topologies.parse(f"v5e:{name}"))
+            child = subprocess.run(
+                [sys.executable, "-c", code],
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if child.returncode:
+                sys.exit(f"{model} on {chips} chips: {child.stderr[-2000:]}")
+            found = [
+                json.loads(line) for line in child.stdout.splitlines() if line[0] == "{"
+            ]
+            for row in found:
+                print(json.dumps(row), file=sys.stderr, flush=True)
+            rows += found
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from dho2_jax import _slices as slices
 from dho2_jax._config import Config
 from dho2_jax._layout import Layout, Packed
 from dho2_jax._sharding import constrain
-from dho2_jax._types import Array, PyTree
+from dho2_jax._types import PyTree
 
 
 def init(
@@ -85,12 +85,22 @@ def marks(base: Any, state: PyTree, layout: Layout) -> PyTree:
     """
     numbers = jax.tree.unflatten(layout.treedef, range(len(layout.shapes)))
 
-    def visit(leaf: Any, number: int) -> int:
+    def is_hole(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    def visit(leaf: Any, number: Any) -> Any:
+        if is_hole(leaf):
+            return leaf
         return number if tuple(jnp.shape(leaf)) == layout.shapes[number] else -1
 
     try:
         return optax.tree_map_params(
-            base, visit, state, numbers, transform_non_params=lambda _: -1
+            base,
+            visit,
+            state,
+            numbers,
+            transform_non_params=lambda _: -1,
+            is_leaf=is_hole,
         )
     except Exception:  # any init may fail on the stand-ins that Optax gives it
         return jax.tree.map(lambda _: -1, state)

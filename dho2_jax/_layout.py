@@ -20,7 +20,8 @@ import optax
 from dho2_jax._sharding import SPLITS, Placement
 from dho2_jax._types import Array, PyTree
 
-LANES = 128
+SUBLANES, LANES = 8, 128
+"""The last two dimensions of an array on a TPU are padded to multiples of these."""
 
 
 @jax.tree_util.register_static
@@ -80,6 +81,19 @@ class Packed:
     """A vector, or rows of vectors, as a tuple of stored arrays with its layout."""
 
     leaves: tuple[Array, ...]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A vector, or rows of vectors, as one array `(rows, 128)` on each device.
+
+    For Lanczos, which holds many vectors and leaves none behind: no tile of a TPU is
+    padded whatever the shapes of the parameters, and programs compile fast.
+    """
+
+    array: Array
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 

@@ -159,11 +159,18 @@ def compute_subspace(
     """Returns a new subspace, its recurrence defect and the operator's scale."""
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
     bits = jax.random.bits(key, (len(layout.stored),), jnp.uint32)
+    on_slices = functools.partial(slices.on_slices, layout)
+
+    def product(v: layouts.Flat) -> layouts.Flat:
+        v = matvec(on_slices(lambda _, v: slices.unflatten(v), v))
+        return on_slices(lambda _, v: slices.flatten(v), v)
+
+    start = slices.cut(layouts.noise(layout, bits))
     run = lanczos.run(
-        matvec,
-        slices.cut(layouts.noise(layout, bits)),
+        product,
+        on_slices(lambda _, v: slices.flatten(v), start),
         min(config.num_matvecs, layout.size),
-        functools.partial(slices.on_slices, layout),
+        on_slices,
         in_range=True,
     )
     alphas, betas = lanczos.tridiagonal(run)
@@ -171,15 +178,21 @@ def compute_subspace(
     weights = jnp.pad(pairs.weights, ((0, 0), (0, 1)))
     new = subspaces.Subspace(
         eigenvalues=pairs.eigenvalues,
-        eigenvectors=slices.on_slices(
-            layout, lambda _, w, rows: linalg.rotate(w, rows), weights, run.basis
-        ),
+        eigenvectors=on_slices(_rotate, weights, run.basis),
         valid=pairs.valid,
         next_eigenvalue=pairs.next_eigenvalue,
         residuals=pairs.residuals,
     )
     scale = jnp.max(jnp.abs(alphas)) + 2 * jnp.max(betas)
     return new, lanczos.recurrence_defect(run), scale
+
+
+def _rotate(_: Inner, weights: Array, basis: layouts.Flat) -> layouts.Packed:
+    """Returns the eigenvectors, one by one: on a TPU each changes its layout in memory.
+
+    All at once, they would be there several times over.
+    """
+    return jax.lax.map(lambda w: slices.unflatten(linalg.combine(w, basis)), weights)
 
 
 def _compare(

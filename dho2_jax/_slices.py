@@ -7,6 +7,7 @@ the caller's own `shard_map` or `pmap`, where arrays are this device's).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,16 @@ from jax.sharding import PartitionSpec as P
 from dho2_jax import _axes as axes
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
-from dho2_jax._layout import Layout, Packed
+from dho2_jax._layout import LANES, SUBLANES, Flat, Layout, Packed
 from dho2_jax._sharding import Placement, axes_of, constrain, ways, with_rows
 from dho2_jax._types import Array, PyTree, Rows
 
 
 def on_slices(layout: Layout, fn: Callable[..., Any], *args: Any) -> Any:
-    """Runs `fn(inner, *args)` on the slices of every `Packed` in `args`.
+    """Runs `fn(inner, *args)` on the slices of every vector in `args`.
 
     The arithmetic on one device and on many is the same code: `inner` sums over the
-    slices. All that is not in a `Packed`, in arguments and results, is equal on all
-    devices.
+    slices. All else in arguments and results is equal on all devices.
     """
     place = layout.placement
     if place is None:
@@ -47,13 +47,19 @@ def on_slices(layout: Layout, fn: Callable[..., Any], *args: Any) -> Any:
         mesh=place.mesh,
         in_specs=specs_of(args),
         out_specs=specs_of(results),
+        # A `Flat` is split over all axes, also over those that do not divide a slice:
+        # what comes out of it is equal there, which the check cannot know.
+        check_vma=False,
     )(*args)
 
 
 def specs_of(tree: PyTree) -> PyTree:
-    """Returns `PartitionSpec`s: slices for each `Packed`, replicated for all else."""
+    """Returns `PartitionSpec`s: slices of vectors, all else replicated."""
 
     def visit(x: Any) -> Any:
+        if isinstance(x, Flat):
+            spec: Any = with_rows(P(_place(x.layout).axes), x.array.ndim - 2)
+            return Flat(spec, x.layout)
         if not isinstance(x, Packed):
             return P()
         triples = zip(
@@ -62,7 +68,7 @@ def specs_of(tree: PyTree) -> PyTree:
         specs: Any = (with_rows(spec, leaf.ndim - len(s)) for spec, leaf, s in triples)
         return Packed(tuple(specs), x.layout)
 
-    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
+    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed | Flat))
 
 
 def lay_out(layout: Layout, tree: PyTree) -> PyTree:
@@ -175,6 +181,45 @@ def gather(vector: Packed, dtypes: list[Any], *, sliced: bool = False) -> list[A
     ]
 
 
+def flatten(vector: Packed) -> Flat:
+    """Returns a vector, or rows of them, as one array; within `on_slices`.
+
+    Slices that several devices hold are scaled, so that inner products count them once.
+    """
+    layout, parts = vector.layout, []
+    front = vector.leaves[0].ndim - len(layout.stored[0])
+    rows = vector.leaves[0].shape[:front]
+    for x, copies in zip(vector.leaves, _copies(layout), strict=True):
+        x = jnp.moveaxis(x, front + _lane(x.shape[front:]), -1)
+        parts.append((x.astype(jnp.float32) / math.sqrt(copies)).reshape(*rows, -1))
+    flat = jnp.concatenate(parts, axis=-1)
+    padding = -flat.shape[-1] % (SUBLANES * LANES)
+    flat = jnp.pad(flat, ((0, 0),) * front + ((0, padding),))
+    return Flat(flat.reshape(*rows, -1, LANES), layout)
+
+
+def unflatten(flat: Flat) -> Packed:
+    """Undoes `flatten`; within `on_slices`."""
+    layout, leaves, start = flat.layout, [], 0
+    rows = flat.array.shape[:-2]
+    numbers = flat.array.reshape(*rows, -1)
+    for shape, copies in zip(_local(layout), _copies(layout), strict=True):
+        size, lane = math.prod(shape), _lane(shape)
+        moved = (*shape[:lane], *shape[lane + 1 :], shape[lane])
+        piece = jax.lax.slice_in_dim(numbers, start, start + size, axis=-1)
+        piece = math.sqrt(copies) * piece.reshape(*rows, *moved)
+        leaves.append(jnp.moveaxis(piece, -1, len(rows) + lane))
+        start += size
+    return Packed(tuple(leaves), layout)
+
+
+def _lane(shape: tuple[int, ...]) -> int:
+    """Returns the dimension that a TPU pads least as the last one."""
+    return min(
+        reversed(range(len(shape))), key=lambda d: -(-shape[d] // LANES) / shape[d]
+    )
+
+
 def base_specs(layout: Layout) -> tuple[P, ...]:
     """Returns where a base optimizer that works on slices sees each parameter."""
     place = _place(layout)
@@ -188,6 +233,8 @@ def base_specs(layout: Layout) -> tuple[P, ...]:
 def _inner(layout: Layout, rows: Rows, vector: PyTree) -> Array:
     """Returns inner products over all slices; each number counts once."""
     place = _place(layout)
+    if isinstance(vector, Flat):
+        return jax.lax.psum(linalg.inner(rows, vector), place.axes)
     leaves = zip(
         jax.tree.leaves(rows), jax.tree.leaves(vector), _copies(layout), strict=True
     )
@@ -205,7 +252,9 @@ def _place(layout: Layout) -> Placement:
 
 def _copies(layout: Layout) -> list[int]:
     """Returns on how many devices each slice is held: 1 where the split is even."""
-    place = _place(layout)
+    place = layout.placement
+    if place is None:
+        return [1] * len(layout.stored)
     if place.mesh is not None:
         return [place.mesh.size // ways(s, place.mesh) for s in place.slice_specs]
     size = axes.size_of(place.axis_name)
@@ -214,7 +263,9 @@ def _copies(layout: Layout) -> list[int]:
 
 def _local(layout: Layout) -> list[tuple[int, ...]]:
     """Returns the shapes of this device's slices."""
-    place = _place(layout)
+    place = layout.placement
+    if place is None:
+        return list(layout.stored)
     if place.mesh is not None:
         return [
             NamedSharding(place.mesh, spec).shard_shape(shape)

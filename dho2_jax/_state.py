@@ -89,6 +89,8 @@ def placed_layout(config: Config, params: PyTree) -> layouts.Layout:
       ValueError: If the parameters or `param_specs` do not fit the mesh.
     """
     layout = layouts.layout_of(params)
+    if not layout.shapes:
+        return layout  # `param_specs` are those of the real parameters
     if config.mesh is not None:
         place = sharding.place_on_mesh(
             config.mesh,

@@ -123,14 +123,20 @@ def test_shard_map_trains_as_one_device(
     assert moment.size == 2560 // (8 if shard_base_state else 1)
 
 
-def test_pmap_trains_as_one_device(expected):
-    tx = transformation("d")
-    params = jax.tree.map(lambda x: jnp.stack([x] * 8), parameters(FEW))
+def test_pmap_trains_as_one_device():
+    _, expected = dense("least", 6)
+    tx = transformation("d", **PROBLEMS["least"].options)
+    start = parameters(PROBLEMS["least"].leaves)
+    first = NamedSharding(make_mesh((8,), ("d",)), P("d"))
+    params = jax.tree.map(lambda x: jnp.stack([x] * 8), start)
     shares = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch())
-    state = jax.pmap(tx.init, axis_name="d")(params)
+    params, shares = jax.device_put((params, shares), first)
+    init = jax.pmap(tx.init, axis_name="d")
     step = jax.pmap(step_on(tx, ("d",), check_vma=False), axis_name="d")
+    step = jax.jit(step, compiler_options=FAST)
+    state = jax.jit(init, compiler_options=FAST)(params)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(6):
         params, state, value = step(params, state, shares)
         losses.append(np.asarray(value))
     np.testing.assert_array_equal(losses, np.array(losses)[:, :1].repeat(8, 1))
@@ -138,6 +144,7 @@ def test_pmap_trains_as_one_device(expected):
     for x in jax.tree.leaves(params):
         np.testing.assert_array_equal(x, np.stack([x[0]] * 8))
     assert_close(jax.tree.map(lambda x: x[0], params), expected.params, 1e-4)
+    assert int(state.curvature.counters.refreshes[0]) == 2
 
 
 def test_init_and_a_scan_of_updates_inside_one_shard_map(expected):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import jit
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,9 +30,10 @@ TREE = {
     "one": (1, 1, 1),
     "scalar": (),
     "tall": (256, 10),
-    "wide": (3, 512),
+    "tower": (256, 10),  # stored with the other of its shape
+    "wide": (5, 512),
 }
-DTYPES = {"bfloat16": "bfloat16", "wide": "float16"}
+DTYPES = {"bfloat16": "bfloat16", "tower": "bfloat16", "wide": "float16"}
 
 
 def make_mesh(name):
@@ -55,14 +57,14 @@ def layout_of(shapes):
 def on_mesh(mesh, tree):
     layout = layouts.layout_of(tree)
     specs = [P()] * len(layout.shapes)
-    place = sharding.place_on_mesh(mesh, specs, layout.whole, layout.stored)
+    place = sharding.place_on_mesh(mesh, specs, layout.groups, layout.stored)
     return layouts.Layout(layout.treedef, layout.shapes, place)
 
 
 def on_axes(names, tree):
     layout = layouts.layout_of(tree)
     place = sharding.place_on_axes(
-        names, len(layout.shapes), len(layout.whole), layout.stored
+        names, len(layout.shapes), len(layout.groups), layout.stored
     )
     return layouts.Layout(layout.treedef, layout.shapes, place)
 
@@ -90,9 +92,9 @@ def on_axes(names, tree):
 )
 def test_which_leaves_are_stored_whole(shape, whole):
     layout = layout_of([shape, (3,)])
-    assert layout.whole == ((0,) if whole else ())
+    assert layout.groups == (((0,),) if whole else ())
     assert layout.small == ((1,) if whole else (0, 1))
-    assert (layout.stored[0] == shape) == whole
+    assert (layout.stored[0] == (1, *shape)) == whole
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,13 @@ def test_rows_of_the_slab(size, step):
 
 
 def test_a_tree_of_large_leaves_has_no_slab():
-    assert layout_of([(256, 3), (2, 512)]).stored == ((256, 3), (2, 512))
+    assert layout_of([(256, 3), (2, 512)]).stored == ((1, 256, 3), (1, 2, 512))
+
+
+def test_leaves_of_one_shape_are_one_array():
+    layout = layout_of([(256, 3), (7,), (3, 256), (256, 3), (3, 256), (256, 3)])
+    assert layout.groups == ((0, 3, 5), (2, 4)) and layout.small == (1,)
+    assert layout.stored == ((3, 256, 3), (2, 3, 256), (8, 128))
 
 
 # --- packing -----------------------------------------------------------------------
@@ -154,6 +162,7 @@ def test_scatter_and_gather_are_inverse(mesh):
     assert_same(back, leaves)
     assert tuple(x.shape for x in packed.leaves) == layout.stored
     assert [x.dtype for x in packed.leaves] == ["float32", "float16", "float32"]
+    np.testing.assert_array_equal(packed.leaves[0][1], np.float32(tree["tower"]))
     # Small leaves lie one after the other, zeros behind them.
     small = [np.ravel(np.float32(leaves[i])) for i in layout.small]
     small = np.concatenate(small)
@@ -172,8 +181,9 @@ def test_rows_of_vectors_unpack_as_the_vectors_do():
         return slices.gather(rows, dtypes), [slices.gather(p, dtypes) for p in packed]
 
     vectors = [jax.tree.leaves(make_tree(seed)) for seed in range(3)]
-    packed = (slices.scatter(layout, [x.astype("float32") for x in v]) for v in vectors)
-    rows, each = jax.jit(unpack)(*packed)
+    pack = jit(lambda v: slices.scatter(layout, [x.astype("float32") for x in v]))
+    packed = map(pack, vectors)
+    rows, each = jit(unpack)(*packed)
     for i, vector in enumerate(each):
         assert_same([x[i] for x in rows], vector)
 
@@ -247,11 +257,9 @@ def test_which_split_is_chosen(shape, own, sizes, expected):
 
 def test_the_placement_under_named_axes_does_not_know_how_many_devices():
     layout = on_axes(("a", "b"), make_tree())
-    assert layout.placement.slice_specs == (
-        P(("a", "b")),
-        P(None, ("a", "b")),
-        P(("a", "b")),
-    )
+    both = ("a", "b")
+    expected = (P(None, both), P(None, None, both), P(both))
+    assert layout.placement.slice_specs == expected
 
 
 def test_axes_of_both_types_in_one_mesh():
@@ -384,7 +392,7 @@ def test_noise_looks_uniform(seed):
     n = 512 * 300
     layout = layout_of([(512, 300), (300, 512)])
     bits = jax.random.bits(jax.random.key(seed), (2,), jnp.uint32)
-    first, second = (np.float64(x) for x in layouts.noise(layout, bits).leaves)
+    first, second = (np.float64(x[0]) for x in layouts.noise(layout, bits).leaves)
     assert first.min() >= -1 and first.max() < 1
     for x in (first, second):
         sigma = 5 / np.sqrt(n)
@@ -395,5 +403,5 @@ def test_noise_looks_uniform(seed):
         for moved in (x[1:] * x[:-1], x[:, 1:] * x[:, :-1], x[2:] * x[:-2]):
             assert abs(np.mean(moved)) < 5 / 3 / np.sqrt(moved.size)
     assert abs(np.mean(first.ravel() * second.ravel())) < 5 / 3 / np.sqrt(n)
-    other = layouts.noise(layout, bits + 1).leaves[0]
+    other = layouts.noise(layout, bits + 1).leaves[0][0]
     assert abs(np.mean(first * np.float64(other))) < 5 / 3 / np.sqrt(n)
