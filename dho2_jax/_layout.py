@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dho2_jax._sharding import SPLITS, Placement
+from dho2_jax._sharding import SPLITS, Placement, splits_evenly
 from dho2_jax._types import Array, PyTree
 
 SUBLANES, LANES = 8, 128
@@ -38,6 +38,11 @@ class Layout:
         """n, the number of parameters."""
         return sum(map(math.prod, self.shapes))
 
+    @property
+    def is_large(self) -> bool:
+        """Whether such a model would be trained on hundreds of chips."""
+        return self.size >= 2**20
+
     @functools.cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Leaves that any pod can split evenly, those of one shape together.
@@ -47,8 +52,7 @@ class Layout:
         """
         found: dict[tuple[int, ...], list[int]] = {}
         for i, shape in enumerate(self.shapes):
-            splits = any(n and n % SPLITS == 0 for n in shape)
-            if len(shape) >= 2 and math.prod(shape) and splits:
+            if splits_evenly(shape, tiled=self.is_large):
                 found.setdefault(shape, []).append(i)
         return tuple(map(tuple, found.values()))
 
@@ -70,7 +74,7 @@ class Layout:
         if not self.small:
             return shapes
         step = 2 ** int(math.log2(max(self.size, 1) / 2**15 + 1e-9))
-        step = max(step, SPLITS if self.size >= 2**20 else 8)
+        step = max(step, SPLITS if self.is_large else 8)
         rows = -(-sum(math.prod(self.shapes[i]) for i in self.small) // LANES)
         return (*shapes, (max(1, -(-rows // step)) * step, LANES))
 

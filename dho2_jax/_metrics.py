@@ -2,12 +2,15 @@
 """Read-only views of the state, found in any nest of Optax states."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dho2_jax import _layout as layouts
 from dho2_jax import _subspace as subspaces
+from dho2_jax._sharding import ways
 from dho2_jax._slices import gather
 from dho2_jax._state import find, is_active
 from dho2_jax._types import Array, PyTree
@@ -64,6 +67,8 @@ def metrics(state: PyTree) -> dict[str, Array]:
       - "base_scaling": s, the factor on the base's update, without `rate_schedule`.
       - "rate_cuts": how often the guard halved it.
       - "momentum_norm": |u|.
+      - "replication": how often the devices of `mesh` hold a number of V among them; 1
+        where the devices divide everything evenly.
 
     Raises:
       ValueError: If `state` holds no DHO² state, or several.
@@ -90,4 +95,15 @@ def metrics(state: PyTree) -> dict[str, Array]:
         "base_scaling": ours.base_scaling,
         "rate_cuts": jnp.zeros((), jnp.int32) if ours.rate is None else ours.rate.cuts,
         "momentum_norm": jnp.sqrt(jnp.sum(ours.momentum**2)),
+        "replication": jnp.asarray(_replication(space.eigenvectors), jnp.float32),
     }
+
+
+def _replication(vectors: Any) -> float:
+    place = vectors.layout.placement if isinstance(vectors, layouts.Packed) else None
+    if place is None or place.mesh is None:
+        return 1.0
+    numbers = [math.prod(shape) for shape in vectors.layout.stored]
+    copies = [place.mesh.size // ways(spec, place.mesh) for spec in place.slice_specs]
+    held = sum(n * c for n, c in zip(numbers, copies, strict=True))
+    return held / sum(numbers)

@@ -20,8 +20,9 @@ from dho2_jax._types import Array, PyTree
 Shape = tuple[int, ...]
 
 SPLITS = 256
-"""Ways that every whole leaf can be split: as many chips as a pod slice has."""
+"""Ways that every large leaf can be split: as many chips as a pod slice has."""
 
+_MOSTLY_PADDING = 4
 _ROWS = 8  # k + l is best a multiple of 8, the sublanes of a TPU tile
 _LANES = 128
 
@@ -118,6 +119,25 @@ def slice_spec(shape: Shape, spec: P, sizes: tuple[tuple[Any, int], ...]) -> P:
         if best_cost is None or cost < best_cost:
             best, best_cost = parts, cost
     return as_spec(best)
+
+
+@functools.cache
+def splits_evenly(shape: Shape, tiled: bool) -> bool:
+    """Returns whether as many chips as a pod slice has can split an array evenly.
+
+    One of its two or more dimensions must be divisible by 256; and, if `tiled`, what a
+    chip then holds must not be mostly padding: of (16, 16, 3, 768), a patch embedding,
+    each of 256 chips would hold (16, 16, 3, 3), which a TPU pads to eight times that.
+    """
+    if len(shape) < 2 or not math.prod(shape):
+        return False
+    for dim, size in enumerate(shape):
+        if size % SPLITS == 0:
+            local = [*shape[:dim], size // SPLITS, *shape[dim + 1 :]]
+            wasteful = _tiled(local) >= _MOSTLY_PADDING * _ROWS * math.prod(local)
+            if not (tiled and wasteful):
+                return True
+    return False
 
 
 def as_spec(parts: Sequence[Sequence[Any]]) -> P:

@@ -1,5 +1,10 @@
 """Eight virtual CPU devices for every test, asked for before JAX starts."""
 
+import os
+
+# Where libtpu or a GPU is there too: the tests are for eight CPU devices.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 import jax
 import pytest
 

@@ -405,3 +405,22 @@ def test_noise_looks_uniform(seed):
     assert abs(np.mean(first.ravel() * second.ravel())) < 5 / 3 / np.sqrt(n)
     other = layouts.noise(layout, bits + 1).leaves[0][0]
     assert abs(np.mean(first * np.float64(other))) < 5 / 3 / np.sqrt(n)
+
+
+@pytest.mark.parametrize(
+    "shape, stored_alone",
+    [
+        ((768, 3072), True),
+        ((50257, 768), True),
+        ((3, 3, 512, 512), True),
+        ((768, 12, 64), True),
+        # A chip of 256 would hold (16, 16, 3, 3): eight times its size in tiles.
+        ((16, 16, 3, 768), False),
+        ((512, 16), False),
+    ],
+)
+def test_in_a_large_model_what_splits_into_padding_is_packed(shape, stored_alone):
+    large = layout_of([shape, (1024, 1024)])
+    assert (len(large.groups) == 2) == stored_alone
+    assert not large.small if stored_alone else large.small == (0,)
+    assert layout_of([shape]).groups == ((0,),)  # no one splits a small model so far
