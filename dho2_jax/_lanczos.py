@@ -21,7 +21,8 @@ _EPS = float(jnp.finfo(jnp.float32).eps)
 class LanczosState(NamedTuple):
     """A recursion under way; `index` products have been taken in."""
 
-    basis: Rows  # leaves (m + 1, *shape), float32; rows beyond `index` are zero
+    basis: Rows  # leaves (m, *shape), float32; rows beyond `index` are zero
+    vector: PyTree  # float32: the next to multiply, row `index`; at the end that of r
     projected: Array  # (m + 1, m), float32: column j is what V H v_j measured
     betas: Array  # (m,), float32: the norm that was left after step j
     index: Array  # (), int32; -1 before the product that makes the first row
@@ -47,25 +48,18 @@ def start(
     v0 = linalg.as_float32(v0)
     norm = linalg.norm(v0, inner)
     scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
-    basis = jax.tree.map(
-        lambda x: (
-            jnp.zeros((num_matvecs + 1, *x.shape), jnp.float32).at[0].set(scale * x)
-        ),
-        v0,
-    )
+    vector = jax.tree.map(lambda x: scale * x, v0)
+    first = 0.0 if in_range else 1.0
+
+    def rows(x: Array) -> Array:
+        return jnp.zeros((num_matvecs, *x.shape), jnp.float32).at[0].set(first * x)
+
     return LanczosState(
-        basis=basis,
+        basis=jax.tree.map(rows, vector),
+        vector=vector,
         projected=jnp.zeros((num_matvecs + 1, num_matvecs), jnp.float32),
         betas=jnp.zeros((num_matvecs,), jnp.float32),
         index=jnp.full((), -1 if in_range else 0, jnp.int32),
-    )
-
-
-def current_vector(state: LanczosState) -> PyTree:
-    """Returns the vector v_j whose product `step` takes next."""
-    row = jnp.maximum(state.index, 0)
-    return jax.tree.map(
-        lambda b: jax.lax.dynamic_index_in_dim(b, row, keepdims=False), state.basis
     )
 
 
@@ -79,34 +73,19 @@ def step(
     the next row is zero: then all later products and coefficients are zero too, and the
     recursion has ended without a branch.
 
-    A vector is written into the next row before its coefficients are taken, so that its
-    norm comes with them: two reductions of m + 1 numbers a product.
+    The norm comes with the second coefficients: a product is reduced to m numbers and
+    then to m + 1.
     """
-    basis, projected, betas, j = state
-    # At j = -1 row 0 holds the vector that the first row is made from: no part of the
-    # basis. Column -1 is the last one, which the last step overwrites.
-    known = jnp.arange(betas.shape[0] + 1) <= j
-
-    def write(basis: Rows, row: PyTree) -> Rows:
-        return jax.tree.map(
-            lambda b, w: jax.lax.dynamic_update_index_in_dim(b, w, j + 1, 0), basis, row
-        )
-
-    def remove(basis: Rows, vector: PyTree) -> tuple[PyTree, Array, Array]:
-        """Returns what is left of the last row, its coefficients and squared norm."""
-        overlaps = inner(basis, vector)
-        coefficients = jnp.where(known, overlaps, 0.0)
-        left = linalg.add_scaled(vector, -1.0, linalg.combine(coefficients, basis))
-        return left, coefficients, overlaps[j + 1]
-
+    basis, _, projected, betas, j = state
     product = linalg.as_float32(product)
-    basis = write(basis, product)
-    left, first, square = remove(basis, product)
-    before = jnp.sqrt(square)
-    basis = write(basis, left)
-    left, second, square = remove(basis, left)
-    column = first + second
-    # Pythagoras. Where it cancels, all of `left` is rounding and the recursion ends.
+
+    first = inner(basis, product)
+    left = linalg.add_scaled(product, -1.0, linalg.combine(first, basis))
+    second, square = inner(basis, left), linalg.vdot(left, left, inner)
+    left = linalg.add_scaled(left, -1.0, linalg.combine(second, basis))
+    # Pythagoras, twice. Where the difference cancels, all of `left` is rounding and the
+    # recursion ends.
+    before = jnp.sqrt(jnp.sum(first**2) + square)
     beta = jnp.sqrt(jnp.maximum(square - jnp.sum(second**2), 0.0))
 
     # Rounding relative to this product, or far below the operator's own scale; the
@@ -116,11 +95,28 @@ def step(
     beta = jnp.where(ended, 0.0, beta)
     inverse = jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, beta))
 
-    basis = write(basis, jax.tree.map(lambda w: inverse * w, left))
+    vector = jax.tree.map(lambda w: inverse * w, left)
+    # The last step finds r, for which there is no row.
+    m = betas.shape[0]
+    row = jnp.minimum(j + 1, m - 1)
+
+    def write(b: Array, w: Array) -> Array:
+        old = jax.lax.dynamic_index_in_dim(b, row, keepdims=False)
+        new = jnp.where(j + 1 < m, w, old)
+        return jax.lax.dynamic_update_index_in_dim(b, new, row, 0)
+
+    # At j = -1 nothing is in the basis, and column -1, the last, is overwritten later.
+    column = jnp.append(first + second, 0.0)
     projected = jax.lax.dynamic_update_index_in_dim(projected, column, j, 1)
     coupling = jnp.where(j < 0, 0.0, beta)
     projected = projected.at[j + 1, j].set(coupling)
-    return LanczosState(basis, projected, betas.at[j].set(coupling), j + 1)
+    return LanczosState(
+        jax.tree.map(write, basis, vector),
+        vector,
+        projected,
+        betas.at[j].set(coupling),
+        j + 1,
+    )
 
 
 def run(
@@ -140,7 +136,7 @@ def run(
     """
 
     def body(_, state):
-        product = matvec(apply(lambda _, s: current_vector(s), state))
+        product = matvec(state.vector)
         return apply(lambda inner, s, w: step(s, w, inner), state, product)
 
     def begin(inner, v0):
@@ -229,6 +225,6 @@ def lanczos_tridiag(
     return LanczosResult(
         alphas=alphas,
         betas=betas[:-1],
-        basis=jax.tree.map(lambda b: b[:-1], state.basis),
-        residual=jax.tree.map(lambda b: betas[-1] * b[-1], state.basis),
+        basis=state.basis,
+        residual=jax.tree.map(lambda x: betas[-1] * x, state.vector),
     )

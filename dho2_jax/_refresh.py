@@ -175,10 +175,9 @@ def compute_subspace(
     )
     alphas, betas = lanczos.tridiagonal(run)
     pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
-    weights = jnp.pad(pairs.weights, ((0, 0), (0, 1)))
     new = subspaces.Subspace(
         eigenvalues=pairs.eigenvalues,
-        eigenvectors=on_slices(_rotate, weights, run.basis),
+        eigenvectors=on_slices(_rotate, pairs.weights, run.basis),
         valid=pairs.valid,
         next_eigenvalue=pairs.next_eigenvalue,
         residuals=pairs.residuals,

@@ -173,7 +173,7 @@ def test_recurrence_defect_tells_a_fixed_operator_from_a_changing_one():
     def defect(change):
         def body(i, state):
             matrix = both[change * (i % 2)]
-            product = jnp.matmul(matrix, lanczos.current_vector(state))
+            product = jnp.matmul(matrix, state.vector)
             return lanczos.step(state, product)
 
         state = jax.lax.fori_loop(0, m, body, lanczos.start(start_vector(n), m))
@@ -215,4 +215,4 @@ def test_inner_product_with_a_norm_of_its_own():
 
     result = lanczos_tridiag(lambda v: 2.0 * v, start_vector(5), 2, inner=inner)
     np.testing.assert_allclose(np.linalg.norm(result.basis[0]), 0.5, rtol=1e-6)
-    assert {1, 3} <= set(calls)
+    assert {1, 2} <= set(calls)
