@@ -177,21 +177,17 @@ def compute_subspace(
     pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
     new = subspaces.Subspace(
         eigenvalues=pairs.eigenvalues,
-        eigenvectors=on_slices(_rotate, pairs.weights, run.basis),
+        eigenvectors=on_slices(
+            lambda _, w, rows: slices.unflatten(linalg.rotate(w, rows)),
+            pairs.weights,
+            run.basis,
+        ),
         valid=pairs.valid,
         next_eigenvalue=pairs.next_eigenvalue,
         residuals=pairs.residuals,
     )
     scale = jnp.max(jnp.abs(alphas)) + 2 * jnp.max(betas)
     return new, lanczos.recurrence_defect(run), scale
-
-
-def _rotate(_: Inner, weights: Array, basis: layouts.Flat) -> layouts.Packed:
-    """Returns the eigenvectors, one by one: on a TPU each changes its layout in memory.
-
-    All at once, they would be there several times over.
-    """
-    return jax.lax.map(lambda w: slices.unflatten(linalg.combine(w, basis)), weights)
 
 
 def _compare(
