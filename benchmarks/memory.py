@@ -10,8 +10,8 @@ For each model, number of v5e chips and kind of mesh, two ratios to an even spli
 
 1 is what no layout can beat; what is above it is padding. Below 1 the temporaries peak
 elsewhere in the refresh than in the recursion. Fails where a ratio is above its bound.
-Where some of the rows fit into a chip's vector memory, which is no temporary in HBM, as on
-64 chips, the second jumps by whole sets of rows and says little.
+Where some of the rows fit into a chip's vector memory, which is no temporary in HBM, as
+on 64 chips, the second jumps by whole sets of rows and says little.
 The second takes a minute for each line (`--basis-only`: without). It is of the part of
 the refresh that holds rows, on a stand-in for the product, which holds none.
 """
