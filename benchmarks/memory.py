@@ -38,24 +38,22 @@ def measure(model: str, chips: int, basis_only: bool) -> None:
     import jax
     import numpy as np
     import optax
-    from jax.sharding import AxisType, Mesh, NamedSharding
-    from jax.sharding import PartitionSpec as P
+    from jax.sharding import AxisType, Mesh
 
     import dho2_jax
     from dho2_jax._refresh import compute_subspace
     from dho2_jax._slices import lay_out
-    from dho2_jax.app import config as configs
+    from dho2_jax.app import experiment as experiments
     from dho2_jax.app import measure as measuring
-    from dho2_jax.app import optimizers
-    from dho2_jax.app.tasks import TASKS
+    from dho2_jax.app import placement
 
     name = "x".join(map(str, GRIDS[chips]))
     devices = topologies.devices(topologies.parse(f"v5e:{name}"))
-    config = configs.load(str(ROOT.parent / "configs" / f"{model}.py"))
-    config = configs.complete(config, TASKS, optimizers.optimizer_defaults())
-    arguments = dict(config.task.items())
-    task = TASKS[arguments.pop("name")](config.batch_size, **arguments)
-    shapes = jax.eval_shape(task.init, 0)
+    file = ROOT.parent / "configs" / f"{model}.py"
+    experiment = experiments.build(
+        model, experiments.read_config(str(file), []), devices
+    )
+    shapes = jax.eval_shape(experiment.task.init, 0)
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
     def recursion(state):
@@ -77,12 +75,7 @@ def measure(model: str, chips: int, basis_only: bool) -> None:
         mesh = Mesh(
             np.array(devices).reshape(grid), names, (AxisType.Auto,) * len(grid)
         )
-        params = jax.tree.map(
-            lambda x, m=mesh: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(m, P())
-            ),
-            shapes,
-        )
+        params = placement.abstract(shapes, placement.replicated(mesh))
 
         def state_of(num_largest, num_matvecs, m=mesh, p=params):
             tx = dho2_jax.dho2(
@@ -92,10 +85,8 @@ def measure(model: str, chips: int, basis_only: bool) -> None:
                 num_matvecs=num_matvecs,
                 refresh="external",
             )
-            return jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                jax.eval_shape(tx.init, p),
-                dho2_jax.state_shardings(tx, p),
+            return placement.abstract(
+                jax.eval_shape(tx.init, p), dho2_jax.state_shardings(tx, p)
             )
 
         def temporaries(num_matvecs, state_of=state_of):

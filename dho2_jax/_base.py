@@ -67,9 +67,9 @@ def update(
         call = _under_auto_axes(call, base, config, layout)
     updates, state = call(jax.tree.unflatten(treedef, seen), state, params)
     steps, treedef = jax.tree.flatten(updates)
-    if mesh is not None:
-        # Said here too, or the compiler would split the base's own work as well: the
-        # matrix products of Muon, for one, with a reduction for each.
+    if mesh is not None and not sliced:
+        # Or the compiler would split the base's own work as well: the matrix products
+        # of Muon, for one, with a reduction for each.
         where = specs_seen(config, layout)
         steps = [constrain(x, mesh, s) for x, s in zip(steps, where, strict=True)]
     vector = slices.scatter(layout, steps, sliced=sliced)

@@ -17,11 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dho2_jax._sharding import SPLITS, Placement, splits_evenly
+from dho2_jax._sharding import LANES, SPLITS, Placement, splits_evenly
 from dho2_jax._types import Array, PyTree
-
-SUBLANES, LANES = 8, 128
-"""The last two dimensions of an array on a TPU are padded to multiples of these."""
 
 
 @jax.tree_util.register_static

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from dho2_jax import _layout as layouts
 from dho2_jax import _subspace as subspaces
-from dho2_jax._sharding import ways
-from dho2_jax._slices import gather
+from dho2_jax._slices import copies, gather
 from dho2_jax._state import find, is_active
 from dho2_jax._types import Array, PyTree
 
@@ -104,6 +103,5 @@ def _replication(vectors: Any) -> float:
     if place is None or place.mesh is None:
         return 1.0
     numbers = [math.prod(shape) for shape in vectors.layout.stored]
-    copies = [place.mesh.size // ways(spec, place.mesh) for spec in place.slice_specs]
-    held = sum(n * c for n, c in zip(numbers, copies, strict=True))
-    return held / sum(numbers)
+    held = zip(numbers, copies(vectors.layout), strict=True)
+    return sum(n * c for n, c in held) / sum(numbers)

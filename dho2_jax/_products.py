@@ -129,8 +129,7 @@ def _in_slices(config: Config, layout, part, matvec: MatVec) -> MatVec:
     """
 
     def product(v: Packed) -> Packed:
-        out = matvec(_whole(config, v, part))
-        leaves = jax.tree.leaves(linalg.as_float32(out))
+        leaves = jax.tree.leaves(matvec(_whole(config, v, part)))
         return slices.scatter(layout, leaves, mean=bool(config.axis_name))
 
     return product

@@ -22,9 +22,10 @@ Shape = tuple[int, ...]
 SPLITS = 256
 """Ways that every large leaf can be split: as many chips as a pod slice has."""
 
+SUBLANES, LANES = 8, 128
+"""The last two dimensions of an array on a TPU are padded to multiples of these."""
+
 _MOSTLY_PADDING = 4
-_ROWS = 8  # k + l is best a multiple of 8, the sublanes of a TPU tile
-_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def splits_evenly(shape: Shape, tiled: bool) -> bool:
     for dim, size in enumerate(shape):
         if size % SPLITS == 0:
             local = [*shape[:dim], size // SPLITS, *shape[dim + 1 :]]
-            wasteful = _tiled(local) >= _MOSTLY_PADDING * _ROWS * math.prod(local)
+            wasteful = _tiled(local) >= _MOSTLY_PADDING * SUBLANES * math.prod(local)
             if not (tiled and wasteful):
                 return True
     return False
@@ -163,10 +164,13 @@ def _tiled(local: Sequence[int]) -> int:
 
     Any two: the compiler chooses the order of the dimensions in memory.
     """
-    dims = (_ROWS, *local)
+    dims = (SUBLANES, *local)
     whole = math.prod(dims)
     return min(
-        whole // max(1, dims[i] * dims[j]) * _up(dims[i], _ROWS) * _up(dims[j], _LANES)
+        whole
+        // max(1, dims[i] * dims[j])
+        * _up(dims[i], SUBLANES)
+        * _up(dims[j], LANES)
         for i, j in itertools.permutations(range(len(dims)), 2)
     )
 

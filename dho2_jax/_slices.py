@@ -19,8 +19,16 @@ from jax.sharding import PartitionSpec as P
 from dho2_jax import _axes as axes
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
-from dho2_jax._layout import LANES, SUBLANES, Flat, Layout, Packed
-from dho2_jax._sharding import Placement, axes_of, constrain, ways, with_rows
+from dho2_jax._layout import Flat, Layout, Packed
+from dho2_jax._sharding import (
+    LANES,
+    SUBLANES,
+    Placement,
+    axes_of,
+    constrain,
+    ways,
+    with_rows,
+)
 from dho2_jax._types import Array, PyTree, Rows
 
 
@@ -189,9 +197,9 @@ def flatten(vector: Packed) -> Flat:
     layout, parts = vector.layout, []
     front = vector.leaves[0].ndim - len(layout.stored[0])
     rows = vector.leaves[0].shape[:front]
-    for x, copies in zip(vector.leaves, _copies(layout), strict=True):
+    for x, held in zip(vector.leaves, copies(layout), strict=True):
         x = jnp.moveaxis(x, front + _lane(x.shape[front:]), -1)
-        parts.append((x.astype(jnp.float32) / math.sqrt(copies)).reshape(*rows, -1))
+        parts.append((x.astype(jnp.float32) / math.sqrt(held)).reshape(*rows, -1))
     flat = jnp.concatenate(parts, axis=-1)
     padding = -flat.shape[-1] % (SUBLANES * LANES)
     flat = jnp.pad(flat, ((0, 0),) * front + ((0, padding),))
@@ -203,11 +211,11 @@ def unflatten(flat: Flat) -> Packed:
     layout, leaves, start = flat.layout, [], 0
     rows = flat.array.shape[:-2]
     numbers = flat.array.reshape(*rows, -1)
-    for shape, copies in zip(_local(layout), _copies(layout), strict=True):
+    for shape, held in zip(_local(layout), copies(layout), strict=True):
         size, lane = math.prod(shape), _lane(shape)
         moved = (*shape[:lane], *shape[lane + 1 :], shape[lane])
         piece = jax.lax.slice_in_dim(numbers, start, start + size, axis=-1)
-        piece = math.sqrt(copies) * piece.reshape(*rows, *moved)
+        piece = math.sqrt(held) * piece.reshape(*rows, *moved)
         leaves.append(jnp.moveaxis(piece, -1, len(rows) + lane))
         start += size
     return Packed(tuple(leaves), layout)
@@ -236,9 +244,9 @@ def _inner(layout: Layout, rows: Rows, vector: PyTree) -> Array:
     if isinstance(vector, Flat):
         return jax.lax.psum(linalg.inner(rows, vector), place.axes)
     leaves = zip(
-        jax.tree.leaves(rows), jax.tree.leaves(vector), _copies(layout), strict=True
+        jax.tree.leaves(rows), jax.tree.leaves(vector), copies(layout), strict=True
     )
-    terms = [linalg.inner(r, x) / copies for r, x, copies in leaves]
+    terms = [linalg.inner(r, x) / held for r, x, held in leaves]
     # Where nothing could be split over some axis, all its devices hold the same.
     total = axes.varying(sum(terms[1:], terms[0]), place.axes)
     return jax.lax.psum(total, place.axes)
@@ -250,7 +258,7 @@ def _place(layout: Layout) -> Placement:
     return layout.placement
 
 
-def _copies(layout: Layout) -> list[int]:
+def copies(layout: Layout) -> list[int]:
     """Returns on how many devices each slice is held: 1 where the split is even."""
     place = layout.placement
     if place is None:

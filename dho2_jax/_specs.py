@@ -50,7 +50,7 @@ def state_shardings(
             f"`mesh` must be that of dho2, {config.mesh}, got {mesh}; leave it out."
         )
     mesh = config.mesh or mesh or _mesh_of(params)
-    specs = _specs(tx, params, mesh)
+    specs = _specs(tx, params, state, mesh)
     explicit = AxisType.Explicit in mesh.axis_types
 
     def sharding_of(spec: P, x: Any) -> NamedSharding:
@@ -80,15 +80,14 @@ def state_specs(tx: optax.GradientTransformation, params: Params) -> PyTree:
     Raises:
       ValueError: As `state_shardings`.
     """
-    config = find(_abstract_state(tx, params)).config
-    if config.axis_name:
-        return _specs(tx, params, None)
-    return _specs(tx, params, config.mesh or _mesh_of(params))
-
-
-def _specs(tx: Any, params: Params, mesh: Mesh | None) -> PyTree:
-    """Returns the spec of each array of the state, in the state's own structure."""
     state = _abstract_state(tx, params)
+    config = find(state).config
+    mesh = None if config.axis_name else config.mesh or _mesh_of(params)
+    return _specs(tx, params, state, mesh)
+
+
+def _specs(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns the spec of each array of the state, in the state's own structure."""
     if not jax.tree.leaves(params):
         return jax.tree.map(lambda _: P(), state)
     ours, everything = find(state), layouts.layout_of(params)

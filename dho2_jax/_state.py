@@ -56,20 +56,17 @@ def init_curvature(config: Config, params: PyTree) -> CurvatureState:
     is a prefix of the real one.
     """
     layout = placed_layout(config, params)
-    if layout.shapes:
-        rows, direction = slices.new_zeros(layout, (config.size,)), None
-    else:
-        rows = jnp.zeros((config.size, 0), jnp.float32)
-        direction = jnp.zeros((0,), jnp.float32)
-    if config.base_rate == "fixed":
-        rate = None
-    else:
-        rate = _rate.start(slices.new_zeros(layout) if direction is None else direction)
+
+    def zeros(*rows: int) -> Any:
+        if layout.shapes:
+            return slices.new_zeros(layout, rows)
+        return jnp.zeros((*rows, 0), jnp.float32)
+
     return CurvatureState(
         config=config,
         count=jnp.zeros((), jnp.int32),
         enabled=jnp.ones((), bool),
-        subspace=subspaces.empty(rows, config.size),
+        subspace=subspaces.empty(zeros(config.size), config.size),
         momentum=jnp.zeros((config.size,), jnp.float32),
         base_scaling=jnp.ones((), jnp.float32),
         counters=Counters(
@@ -78,7 +75,7 @@ def init_curvature(config: Config, params: PyTree) -> CurvatureState:
             refreshed_at=jnp.full((), -1, jnp.int32),
             recurrence_defect=jnp.zeros((), jnp.float32),
         ),
-        rate=rate,
+        rate=_rate.start(zeros()) if config.base_rate == "curvature" else None,
     )
 
 

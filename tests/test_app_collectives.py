@@ -6,7 +6,6 @@ for a TPU: libtpu belongs into a process of its own.
 
 import functools
 import importlib.util
-import os
 import pathlib
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dho2_jax.app import collectives, hlo
+from dho2_jax.app import topology as topologies
 from dho2_jax.app.collectives import Loop, Total
 
 ROWS = 64  # rows of 128 numbers that each device holds
@@ -132,14 +132,9 @@ def tpu(tmp_path_factory):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed")
     directory = tmp_path_factory.mktemp("hlo")
-    alone = {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "JAX_PLATFORMS": "cpu",
-    }
     subprocess.run(
         [sys.executable, __file__, "v5e:4x4", str(directory)],
-        env=os.environ | alone,
+        env=topologies.environment(topologies.parse("v5e:4x4")),
         check=True,
         capture_output=True,
     )
@@ -394,11 +389,7 @@ def test_text_that_is_no_module():
 
 
 def main(topology, directory):
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(
-        topology_name=topology, platform="tpu"
-    ).devices
+    devices = topologies.devices(topologies.parse(topology))
     for name, text in texts(devices).items():
         (pathlib.Path(directory) / f"{name}.txt").write_text(text)
 

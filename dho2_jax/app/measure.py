@@ -186,12 +186,7 @@ def _product(experiment: Experiment, size: int, params: Any, batch: Any) -> Blue
     task, curvature = experiment.task, experiment.config.optimizer.curvature
 
     def product(params, part, vector):
-        loss: Any = lambda p: task.loss_fn(p, part)  # noqa: E731
-        if curvature == "ggn":
-            loss = (
-                lambda p: task.outputs_fn(p, part),
-                lambda outputs: task.output_loss(outputs, part),
-            )
+        loss = task.value_fn(part, gauss_newton=experiment.dho2.gauss_newton)
         return PRODUCTS[curvature](loss, params)(vector)
 
     part = jax.tree.map(

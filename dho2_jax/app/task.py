@@ -30,6 +30,20 @@ class Task(NamedTuple):
         """Returns the mean loss of `params` over `batch`."""
         return self.output_loss(self.outputs_fn(params, batch), batch)
 
+    def value_fn(self, batch: data.Batch, *, gauss_newton: bool) -> Any:
+        """Returns what dho2 takes for `value_fn`: the loss of the parameters alone.
+
+        Args:
+          batch: To measure the curvature on.
+          gauss_newton: Whether to return it in two parts, as curvature="ggn" needs.
+        """
+        if gauss_newton:
+            return (
+                lambda params: self.outputs_fn(params, batch),
+                lambda outputs: self.output_loss(outputs, batch),
+            )
+        return lambda params: self.loss_fn(params, batch)
+
 
 def split_module(
     build: Callable[[nnx.Rngs], nnx.Module],

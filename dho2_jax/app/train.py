@@ -109,12 +109,7 @@ def build_programs(
 
     def curvature_of(batch) -> Any:
         part = placement.spread(batch, curvature_batch_size, mesh)
-        if optimizer.gauss_newton:
-            return (
-                lambda params: task.outputs_fn(params, part),
-                lambda outputs: task.output_loss(outputs, part),
-            )
-        return lambda params: task.loss_fn(params, part)
+        return task.value_fn(part, gauss_newton=optimizer.gauss_newton)
 
     def start(seed):
         params = task.init(seed)
