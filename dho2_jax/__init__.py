@@ -22,9 +22,13 @@ from dho2_jax._lanczos import lanczos_tridiag as lanczos_tridiag
 from dho2_jax._metrics import metrics as metrics
 from dho2_jax._metrics import subspace as subspace
 from dho2_jax._refresh import refresh as refresh
-from dho2_jax._refresh import should_refresh as should_refresh
+from dho2_jax._schedule import should_refresh as should_refresh
+from dho2_jax._schedule import sweep_index as sweep_index
 from dho2_jax._specs import state_shardings as state_shardings
 from dho2_jax._specs import state_specs as state_specs
+from dho2_jax._stagger import (
+    staggered_value_and_grad as staggered_value_and_grad,
+)
 from dho2_jax._state import DHO2State as DHO2State
 from dho2_jax._state import set_enabled as set_enabled
 from dho2_jax._subspace import Subspace as Subspace

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dho2_jax._curvature import OPERATORS
 
-REFRESH_MODES = ("periodic", "external")
+REFRESH_MODES = ("periodic", "staggered", "external")
 BASE_RATES = ("curvature", "fixed")
 MOMENTA = ("ema", "heavy_ball", "nesterov")
 NEGATIVE_CURVATURE = ("abs", "base")
@@ -25,6 +25,7 @@ STATIC_ARGS = (
     "refresh_period",
     "warmup_steps",
     "early_refreshes",
+    "max_drift",
     "subspace_momentum",
     "base_rate",
     "curvature",
@@ -51,6 +52,7 @@ class Config:
     refresh_period: int
     warmup_steps: int
     early_refreshes: tuple[int, ...]
+    max_drift: float | None
     subspace_momentum: str
     base_rate: str
     curvature: str
@@ -76,6 +78,7 @@ def make_config(
     refresh_period: int,
     warmup_steps: int,
     early_refreshes: tuple[int, ...],
+    max_drift: float | None,
     subspace_momentum: str,
     base_rate: str,
     curvature: str,
@@ -110,6 +113,17 @@ def make_config(
     check_choice("refresh", refresh, REFRESH_MODES)
     check_integer("refresh_period", refresh_period, 1)
     check_integer("warmup_steps", warmup_steps, 0)
+    early_refreshes = check_steps("early_refreshes", early_refreshes)
+    if refresh == "staggered":
+        if num_matvecs > refresh_period:
+            raise ValueError(
+                "`num_matvecs` must be <= refresh_period with refresh='staggered', "
+                f"got {num_matvecs} for {refresh_period}; a step makes one product."
+            )
+        refresh_period, early_refreshes = sweep_starts(
+            refresh_period, early_refreshes, num_matvecs
+        )
+    _check_max_drift(max_drift, refresh)
     check_choice("subspace_momentum", subspace_momentum, MOMENTA)
     check_choice("base_rate", base_rate, BASE_RATES)
     check_choice("curvature", curvature, tuple(OPERATORS))
@@ -132,7 +146,8 @@ def make_config(
         refresh=refresh,
         refresh_period=int(refresh_period),
         warmup_steps=int(warmup_steps),
-        early_refreshes=check_steps("early_refreshes", early_refreshes),
+        early_refreshes=early_refreshes,
+        max_drift=None if max_drift is None else float(max_drift),
         subspace_momentum=subspace_momentum,
         base_rate=base_rate,
         curvature=curvature,
@@ -143,6 +158,49 @@ def make_config(
         axis_name=axis_name,
         shard_base_state=shard_base_state,
     )
+
+
+def sweep_length(num_matvecs: int) -> int:
+    """Returns how many steps after a sweep's start the next one may start.
+
+    One goes to the start, m + 1 to the products and one to putting them to use; and
+    every tenth in between to a probe of the rate.
+    """
+    return num_matvecs + 3 + (num_matvecs + 9) // 9
+
+
+def sweep_starts(
+    refresh_period: int, early_refreshes: tuple[int, ...], num_matvecs: int
+) -> tuple[int, tuple[int, ...]]:
+    """Returns when sweeps really start: a start within a sweep is passed over.
+
+    Returns:
+      The period, a multiple of `refresh_period`, and the early starts, from the first.
+    """
+    length = sweep_length(num_matvecs)
+    period, kept = -(-length // refresh_period) * refresh_period, []
+    for step in sorted(early_refreshes):
+        last = max([step // period * period, *kept])
+        if step - last >= length and step % period + length <= period:
+            kept.append(step)
+    return int(period), tuple(kept)
+
+
+def _check_max_drift(value: Any, refresh: str) -> None:
+    """Raises unless it is None, or a positive number where `update` can act on it."""
+    if value is None:
+        return
+    check_number("max_drift", value, 0.0)
+    if callable(value) or isinstance(value, jax.Array) or not value > 0:
+        raise ValueError(
+            f"`max_drift` must be a static number > 0 or None, got {_shown(value)}; "
+            "pass for example 0.05."
+        )
+    if refresh == "external":
+        raise ValueError(
+            f"`max_drift` must be None with refresh='external', got {value}; call "
+            "refresh where metrics(state)['drift'] has passed your bound."
+        )
 
 
 def _check_where(mesh: Any, param_specs: Any, axis_name: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dho2_jax import _layout as layouts
 from dho2_jax import _subspace as subspaces
 from dho2_jax._slices import copies, gather
-from dho2_jax._state import find, is_active
+from dho2_jax._state import drift, find, is_active
 from dho2_jax._types import Array, PyTree
 
 
@@ -55,7 +55,9 @@ def metrics(state: PyTree) -> dict[str, Array]:
       - "count": updates so far.
       - "enabled": 1 while DHO² is on.
       - "refreshes", "rejected": refreshes used, and computed but not used.
-      - "age": updates since the subspace in use was computed.
+      - "age": updates since the parameters were where the subspace in use belongs.
+      - "drift": how far they have gone since, the lengths of all updates added up, in
+        units of their own norm there.
       - "num_valid", "num_active": pairs found; of these, those that a step uses.
       - "sharpness": the largest eigenvalue found, 0 before any.
       - "smallest_eigenvalue": the smallest found, 0 before any.
@@ -77,13 +79,13 @@ def metrics(state: PyTree) -> dict[str, Array]:
     valid = space.valid
     scale = jnp.max(jnp.where(valid, jnp.abs(space.eigenvalues), 0.0))
     lowest = jnp.min(jnp.where(valid, space.eigenvalues, jnp.inf))
-    since = jnp.where(counters.refreshed_at < 0, 0, counters.refreshed_at)
     return {
         "count": ours.count,
         "enabled": ours.enabled.astype(jnp.int32),
         "refreshes": counters.refreshes,
         "rejected": counters.rejected,
-        "age": ours.count - since,
+        "age": ours.count - ours.anchor.count,
+        "drift": drift(ours),
         "num_valid": jnp.sum(valid.astype(jnp.int32)),
         "num_active": jnp.sum(active.astype(jnp.int32)),
         "sharpness": subspaces.sharpness(space),

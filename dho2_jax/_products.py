@@ -57,25 +57,34 @@ def products_at(
     )
 
 
-def products_in_update(
+def check_source(
     config: Config,
-    layout: layouts.Layout,
     params: Params | None,
     value_fn: ValueFn | None,
     matvec_fn: Callable[[Params], MatVec] | None,
-) -> Products | None:
-    """Returns the products that `update` was given the means for, if any, or raises."""
-    if config.refresh == "external" and value_fn is None and matvec_fn is None:
-        return None
-    check_one_source(value_fn, matvec_fn, f"update with refresh='{config.refresh}'")
+    product: Any,
+) -> None:
+    """Raises unless `update` was given what its refresh needs."""
+    given = value_fn is not None or matvec_fn is not None
+    if product is not None:
+        if config.refresh != "staggered" or given:
+            raise ValueError(
+                "`product` must be given to update with refresh='staggered' and in "
+                f"place of `value_fn`, got it with refresh='{config.refresh}'"
+                f"{' and both' if given else ''}; drop one."
+            )
+    elif config.refresh == "external" and not given:
+        return
+    else:
+        check_one_source(value_fn, matvec_fn, f"update with refresh='{config.refresh}'")
     if params is None:
+        name = "value_fn" if given else "product"
         raise ValueError(
-            "`params` must be given to update together with `value_fn`, got None; call "
-            "tx.update(grads, state, params, value_fn=...)."
+            f"`params` must be given to update together with `{name}`, got None; call "
+            f"tx.update(grads, state, params, {name}=...)."
         )
     if value_fn is not None and layouts.has_holes(params):
         _check_takes_holes(value_fn, params)
-    return products_at(config, layout, params, value_fn, matvec_fn)[1]
 
 
 def check_one_source(value_fn, matvec_fn, where: str) -> None:

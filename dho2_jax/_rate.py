@@ -155,7 +155,17 @@ def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:
     safe = _FIRST * -slope / jnp.where(bend > 0, bend, 1.0)
     usable = (bend > 0) & (slope < 0) & jnp.isfinite(safe)
     scale = jnp.where(usable, jnp.minimum(rate.scale, safe), rate.scale)
-    return rate._replace(scale=jnp.maximum(scale, _SMALLEST))
+    return _reset(rate._replace(scale=jnp.maximum(scale, _SMALLEST)))
+
+
+def _reset(rate: RateState) -> RateState:
+    """Returns the rule with all slopes so far forgotten, as after every probe."""
+    return rate._replace(
+        slope_sum=jnp.zeros_like(rate.slope_sum),
+        length_sum=jnp.zeros_like(rate.length_sum),
+        slope_count=jnp.zeros_like(rate.slope_count),
+        probed=rate.steps,
+    )
 
 
 def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateState:
@@ -192,13 +202,11 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     )
     usable = jnp.isfinite(bend) & (length > 0) & (rate.slope_count > 0)
     scale = jnp.where(usable, scale, rate.scale)
-    return rate._replace(
-        scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),
-        descent=jnp.where(usable, descent, rate.descent),
-        bend=jnp.where(usable, bends, rate.bend),
-        weight=jnp.where(usable, past + length, rate.weight),
-        slope_sum=jnp.zeros_like(rate.slope_sum),
-        length_sum=jnp.zeros_like(rate.length_sum),
-        slope_count=jnp.zeros_like(rate.slope_count),
-        probed=rate.steps,
+    return _reset(
+        rate._replace(
+            scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),
+            descent=jnp.where(usable, descent, rate.descent),
+            bend=jnp.where(usable, bends, rate.bend),
+            weight=jnp.where(usable, past + length, rate.weight),
+        )
     )

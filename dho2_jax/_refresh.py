@@ -2,12 +2,13 @@
 """The refresh: from a loss and a point to a new subspace, accepted or rejected."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dho2_jax import _axes as axes
 from dho2_jax import _lanczos as lanczos
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
@@ -15,41 +16,20 @@ from dho2_jax import _rate
 from dho2_jax import _slices as slices
 from dho2_jax import _spectrum as spectrum
 from dho2_jax import _subspace as subspaces
-from dho2_jax._config import Config, check_integer, check_steps
+from dho2_jax._config import Config
 from dho2_jax._products import Products, check_one_source, products_at
-from dho2_jax._state import CurvatureState, is_active, layout_of_state, replace
+from dho2_jax._schedule import is_due
+from dho2_jax._state import (
+    Anchor,
+    CurvatureState,
+    drift,
+    is_active,
+    layout_of_state,
+    replace,
+)
 from dho2_jax._types import Array, Inner, MatVec, Params, PyTree, ValueFn
 
 _DEFECT = 1e-2  # the largest recurrence defect of a refresh in float32
-
-
-def should_refresh(
-    step: int,
-    refresh_period: int = 200,
-    warmup_steps: int = 0,
-    early_refreshes: tuple[int, ...] = (),
-) -> bool:
-    """Tells on the host whether to refresh before a step.
-
-    A pure function of numbers that every process knows; no device is read.
-
-    Args:
-      step: Updates done so far, a Python int.
-      refresh_period: T, steps between refreshes.
-      warmup_steps: Steps before the first refresh.
-      early_refreshes: More steps to refresh at, counted from the first refresh.
-
-    Returns:
-      True at `warmup_steps`, `warmup_steps + T`, ..., and at the early ones.
-
-    Raises:
-      ValueError: If an argument is not an integer in its range.
-    """
-    check_integer("step", step, 0)
-    check_integer("refresh_period", refresh_period, 1)
-    check_integer("warmup_steps", warmup_steps, 0)
-    early = check_steps("early_refreshes", early_refreshes)
-    return _is_due(step - warmup_steps, refresh_period, early)
 
 
 def refresh(
@@ -98,38 +78,119 @@ def refresh(
 def maybe_refresh(
     state: CurvatureState, params: Params, products: Products
 ) -> CurvatureState:
-    """Refreshes when the period is full; by the step count alone, on every device."""
+    """Refreshes when the period is full or the parameters have drifted too far."""
     config = state.config
     since = state.count - config.warmup_steps
-    due = _is_due(since, config.refresh_period, config.early_refreshes) & state.enabled
+    due = is_due(since, config.refresh_period, config.early_refreshes)
+    if config.max_drift is not None:
+        # Not at once again where the last one was rejected.
+        rested = state.count - state.counters.attempted_at >= config.num_matvecs
+        due |= rested & (drift(state) > config.max_drift)
     part = tuple(jnp.asarray(x) for x in jax.tree.leaves(params))
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
-    return jax.lax.cond(due, lambda s: refreshed(s, part, products), lambda s: s, state)
-
-
-def _is_due(since: Any, refresh_period: int, early_refreshes: tuple[int, ...]) -> Any:
-    """The schedule, for a Python int and for a traced count alike."""
-    due = since % refresh_period == 0
-    for early in early_refreshes:
-        due |= since == early
-    return due & (since >= 0)
+    return jax.lax.cond(
+        due & state.enabled,
+        lambda s: refreshed(s, part, products),
+        lambda s: s,
+        state,
+    )
 
 
 def refreshed(
     state: CurvatureState, part: tuple[Array, ...], products: Products
 ) -> CurvatureState:
     """Returns the state after one refresh at the parameters `part`."""
-    config, old, counters = state.config, state.subspace, state.counters
-    layout = layout_of_state(state)
-    attempt = counters.refreshes + counters.rejected
-    new, defect, scale = compute_subspace(config, layout, products.matvec(), attempt)
-    # Products in bfloat16 are symmetric only to their own rounding.
-    rounding = max(float(jnp.finfo(x.dtype).eps) for x in part)
-    rate = state.rate
-    direction = None if rate is None else rate.direction
+    found = compute_subspace(
+        state.config, layout_of_state(state), products.matvec(), attempts(state)
+    )
+    state = install(state, found, anchor_at(state, part), rounding(part))
+    if state.rate is None:
+        return state
+    return state._replace(rate=_probe_if_unprobed(state, products))
+
+
+class Found(NamedTuple):
+    """What a finished recursion found, before it is accepted."""
+
+    subspace: subspaces.Subspace
+    recurrence_defect: Array  # (), float32
+    scale: Array  # (), float32: of the operator
+
+
+def compute_subspace(
+    config: Config, layout: layouts.Layout, matvec: MatVec, attempt: Array
+) -> Found:
+    """Returns a new subspace, all of its products made here and now."""
+    on_slices = functools.partial(slices.on_slices, layout)
+
+    def product(v: layouts.Flat) -> layouts.Flat:
+        v = matvec(on_slices(lambda _, v: slices.unflatten(v), v))
+        return on_slices(lambda _, v: slices.flatten(v), v)
+
+    run = lanczos.run(
+        product,
+        on_slices(lambda _, v: slices.flatten(v), probe(config, layout, attempt)),
+        min(config.num_matvecs, layout.size),
+        on_slices,
+        in_range=True,
+    )
+    return read_out(config, layout, run)
+
+
+def probe(config: Config, layout: layouts.Layout, attempt: Array) -> layouts.Packed:
+    """Returns the vector that a recursion starts from, another in each attempt."""
+    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
+    bits = jax.random.bits(key, (len(layout.stored),), jnp.uint32)
+    return slices.cut(layouts.noise(layout, bits))
+
+
+def read_out(
+    config: Config, layout: layouts.Layout, run: lanczos.LanczosState
+) -> Found:
+    """Returns the Ritz pairs of a finished recursion on `Flat` or `Packed` vectors."""
+    alphas, betas = lanczos.tridiagonal(run)
+    pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
+
+    def rotated(_, weights, basis):
+        rows = linalg.rotate(weights, basis)
+        return slices.unflatten(rows) if isinstance(rows, layouts.Flat) else rows
+
+    vectors = slices.on_slices(layout, rotated, pairs.weights, run.basis)
+    new = subspaces.Subspace(
+        eigenvalues=pairs.eigenvalues,
+        eigenvectors=vectors,
+        valid=pairs.valid,
+        next_eigenvalue=pairs.next_eigenvalue,
+        residuals=pairs.residuals,
+    )
+    scale = jnp.max(jnp.abs(alphas)) + 2 * jnp.max(betas)
+    return Found(new, lanczos.recurrence_defect(run), scale)
+
+
+def install(
+    state: CurvatureState, found: Found, anchor: Anchor, rounding: float
+) -> CurvatureState:
+    """Returns the state with the new subspace in use, or with a rejection counted.
+
+    The momentum is carried along, and the rate's direction taken off the old subspace.
+
+    Args:
+      state: Before.
+      found: What a recursion found.
+      anchor: Where it was measured.
+      rounding: Of the products; see `rounding`.
+    """
+    old, counters, rate = state.subspace, state.counters, state.rate
+    new, defect, scale = found
     usable, change, direction = slices.on_slices(
-        layout, _compare, new, old, scale, direction, is_active(state)
+        layout_of_state(state),
+        _compare,
+        new,
+        old,
+        scale,
+        None if rate is None else rate.direction,
+        is_active(state),
     )
     accept = usable & (defect <= max(_DEFECT, 4 * rounding))
     moved = linalg.matmul(change, state.momentum)
@@ -137,57 +198,39 @@ def refreshed(
     def choose(a, b):
         return jax.tree.map(lambda x, y: jnp.where(accept, x, y), a, b)
 
-    if rate is not None:
-        rate = choose(rate._replace(direction=direction), rate)
-        rate = _probe_if_unprobed(state._replace(rate=rate), choose(new, old), products)
     return state._replace(
         subspace=choose(new, old),
         momentum=choose(moved, state.momentum),
         counters=counters._replace(
             refreshes=counters.refreshes + accept.astype(jnp.int32),
             rejected=counters.rejected + (~accept).astype(jnp.int32),
-            refreshed_at=jnp.where(accept, state.count, counters.refreshed_at),
+            attempted_at=state.count,
             recurrence_defect=defect,
         ),
-        rate=rate,
+        anchor=choose(anchor, state.anchor),
+        rate=None if rate is None else choose(rate._replace(direction=direction), rate),
     )
 
 
-def compute_subspace(
-    config: Config, layout: layouts.Layout, matvec: MatVec, attempt: Array
-) -> tuple[subspaces.Subspace, Array, Array]:
-    """Returns a new subspace, its recurrence defect and the operator's scale."""
-    key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
-    bits = jax.random.bits(key, (len(layout.stored),), jnp.uint32)
-    on_slices = functools.partial(slices.on_slices, layout)
+def attempts(state: CurvatureState) -> Array:
+    """Returns the number of refreshes so far, rejected ones included."""
+    return state.counters.refreshes + state.counters.rejected
 
-    def product(v: layouts.Flat) -> layouts.Flat:
-        v = matvec(on_slices(lambda _, v: slices.unflatten(v), v))
-        return on_slices(lambda _, v: slices.flatten(v), v)
 
-    start = slices.cut(layouts.noise(layout, bits))
-    run = lanczos.run(
-        product,
-        on_slices(lambda _, v: slices.flatten(v), start),
-        min(config.num_matvecs, layout.size),
-        on_slices,
-        in_range=True,
+def rounding(part: Sequence[Array]) -> float:
+    """Returns that of the coarsest dtype: no product is more symmetric than that."""
+    return max(float(jnp.finfo(x.dtype).eps) for x in part)
+
+
+def anchor_at(state: CurvatureState, part: Sequence[Array]) -> Anchor:
+    """Returns the anchor of curvature that is measured at the parameters `part`."""
+    norm = linalg.norm(tuple(part))
+    names = state.config.axis_name
+    return Anchor(
+        count=state.count,
+        norm=axes.agreed(norm, names) if names else norm,
+        path=jnp.zeros((), jnp.float32),
     )
-    alphas, betas = lanczos.tridiagonal(run)
-    pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
-    new = subspaces.Subspace(
-        eigenvalues=pairs.eigenvalues,
-        eigenvectors=on_slices(
-            lambda _, w, rows: slices.unflatten(linalg.rotate(w, rows)),
-            pairs.weights,
-            run.basis,
-        ),
-        valid=pairs.valid,
-        next_eigenvalue=pairs.next_eigenvalue,
-        residuals=pairs.residuals,
-    )
-    scale = jnp.max(jnp.abs(alphas)) + 2 * jnp.max(betas)
-    return new, lanczos.recurrence_defect(run), scale
 
 
 def _compare(
@@ -213,24 +256,21 @@ def _compare(
     return usable, change, direction
 
 
-def _probe_if_unprobed(
-    state: CurvatureState, subspace: subspaces.Subspace, products: Products
-) -> _rate.RateState:
+def _probe_if_unprobed(state: CurvatureState, products: Products) -> _rate.RateState:
     """Probes the rate here when `update` had no loss to do it with."""
     rate = state.rate
     assert rate is not None
-    unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
-    active = is_active(state._replace(subspace=subspace))
 
-    def probe(rate: _rate.RateState) -> _rate.RateState:
+    def measure(rate: _rate.RateState) -> _rate.RateState:
         along = slices.on_slices(
             layout_of_state(state),
             lambda inner, d, rows, on: subspaces.project_out(d, rows, on, inner),
             rate.direction,
-            subspace.eigenvectors,
-            active,
+            state.subspace.eigenvectors,
+            is_active(state),
         )
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
         return _rate.adjust(rate, *products.bend(along), unlimited)
 
-    return jax.lax.cond(unprobed, probe, lambda r: r, rate)
+    unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
+    return jax.lax.cond(unprobed, measure, lambda r: r, rate)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dho2_jax import _lanczos as lanczos
 from dho2_jax import _layout as layouts
 from dho2_jax import _rate
 from dho2_jax import _sharding as sharding
@@ -24,8 +25,35 @@ class Counters(NamedTuple):
 
     refreshes: Array  # (), int32: accepted
     rejected: Array  # (), int32: computed and not used
-    refreshed_at: Array  # (), int32: `count` at the last accepted one, -1 before it
+    attempted_at: Array  # (), int32: `count` at the last one, -1 before it
     recurrence_defect: Array  # (), float32: of the last one, accepted or not
+
+
+class Anchor(NamedTuple):
+    """Where curvature was measured, and how far the parameters have gone since."""
+
+    count: Array  # (), int32: `count` then
+    norm: Array  # (), float32: |x| then
+    path: Array  # (), float32: the lengths of all updates since, added up
+
+
+class SweepState(NamedTuple):
+    """A staggered refresh under way; `lanczos.index` says how far it is.
+
+    Beyond what `LanczosState` says: m when the last product has been taken in, and
+    m + 1 while no sweep is under way.
+    """
+
+    lanczos: lanczos.LanczosState  # its vectors are `Packed`
+    anchor: Any  # `Packed`, float32: the parameters where the sweep began
+    start: Anchor
+
+
+class Probe(NamedTuple):
+    """The curvature along the last step, if it was measured in this one."""
+
+    is_due: Array  # (), bool
+    bend: Array  # (), float32: |d . H d| / |d|^2
 
 
 class CurvatureState(NamedTuple):
@@ -38,7 +66,9 @@ class CurvatureState(NamedTuple):
     momentum: Array  # u, (k + l,), float32
     base_scaling: Array  # s of the last update, (), float32
     counters: Counters
+    anchor: Anchor  # of the subspace in use
     rate: _rate.RateState | None  # None with base_rate="fixed"
+    sweep: SweepState | None  # None unless refresh="staggered"
 
 
 class DHO2State(NamedTuple):
@@ -72,11 +102,34 @@ def init_curvature(config: Config, params: PyTree) -> CurvatureState:
         counters=Counters(
             refreshes=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
-            refreshed_at=jnp.full((), -1, jnp.int32),
+            attempted_at=jnp.full((), -1, jnp.int32),
             recurrence_defect=jnp.zeros((), jnp.float32),
         ),
+        anchor=_no_anchor(),
         rate=_rate.start(zeros()) if config.base_rate == "curvature" else None,
+        sweep=_no_sweep(min(config.num_matvecs, layout.size), zeros)
+        if config.refresh == "staggered"
+        else None,
     )
+
+
+def _no_anchor() -> Anchor:
+    return Anchor(
+        count=jnp.zeros((), jnp.int32),
+        norm=jnp.zeros((), jnp.float32),
+        path=jnp.zeros((), jnp.float32),
+    )
+
+
+def _no_sweep(m: int, zeros: Callable[..., Any]) -> SweepState:
+    run = lanczos.LanczosState(
+        basis=zeros(m),
+        vector=zeros(),
+        projected=jnp.zeros((m + 1, m), jnp.float32),
+        betas=jnp.zeros((m,), jnp.float32),
+        index=jnp.full((), m + 1, jnp.int32),
+    )
+    return SweepState(run, zeros(), _no_anchor())
 
 
 def placed_layout(config: Config, params: PyTree) -> layouts.Layout:
@@ -111,6 +164,12 @@ def is_active(state: CurvatureState) -> Array:
     if state.config.negative_curvature == "base":
         active &= state.subspace.eigenvalues > 0
     return active
+
+
+def drift(state: CurvatureState) -> Array:
+    """Returns the path since the subspace's anchor over |x| there: `()`, float32."""
+    norm = state.anchor.norm
+    return state.anchor.path / jnp.where(norm > 0, norm, 1.0)
 
 
 def layout_of_state(state: CurvatureState) -> layouts.Layout:

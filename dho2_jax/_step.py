@@ -31,7 +31,13 @@ from dho2_jax import _subspace as subspaces
 from dho2_jax._layout import Packed
 from dho2_jax._products import Products
 from dho2_jax._slices import on_slices
-from dho2_jax._state import CurvatureState, is_active, layout_of_state
+from dho2_jax._state import (
+    Anchor,
+    CurvatureState,
+    Probe,
+    is_active,
+    layout_of_state,
+)
 from dho2_jax._types import Array, Inner
 
 _FLOOR = 0.01  # least |lambda| over the largest, under a curvature-set rate
@@ -83,6 +89,7 @@ def join(
     steps: Packed,
     rates: Rates,
     products: Products | None,
+    probe: Probe | None = None,
 ) -> tuple[Packed, CurvatureState]:
     """Joins the base optimizer's update d with the Newton step.
 
@@ -92,6 +99,7 @@ def join(
       steps: d, the base's update of the complement.
       rates: The hyper-parameters.
       products: The curvature at the parameters, for the rate's probes, if there is one.
+      probe: With a staggered refresh, what was measured along the last step instead.
 
     Returns:
       The update, in the dtypes of d, and the state after the step.
@@ -108,7 +116,7 @@ def join(
         )
         scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, rates.cap), 1.0)
     else:
-        scale, rate = _set_rate(state, parts, steps, seen, rates, products)
+        scale, rate = _set_rate(state, parts, steps, seen, rates, products, probe)
         floor = _FLOOR
 
     momentum = _next_momentum(state, parts.inside, rates.decay)
@@ -122,8 +130,36 @@ def join(
         newton, momentum = factor * newton, factor * momentum
 
     inside = scale * seen.overlap + newton
-    updates = on_slices(layout, _move, rows, inside, steps, scale, rates.schedule)
+    if probe is None:
+        updates = on_slices(layout, _move, rows, inside, steps, scale, rates.schedule)
+    else:
+        updates, outside = on_slices(
+            layout,
+            _move_and_project,
+            rows,
+            jnp.stack([inside, seen.overlap]),
+            steps,
+            scale,
+            rates.schedule,
+        )
+        rate = None if rate is None else rate._replace(direction=outside)
+    length = rates.schedule * jnp.sqrt(
+        scale**2 * _length_outside(seen) + jnp.sum(newton**2)
+    )
+    state = _travel(state, length)
     return updates, state._replace(momentum=momentum, base_scaling=scale, rate=rate)
+
+
+def _travel(state: CurvatureState, length: Array) -> CurvatureState:
+    """Adds the length of an update to the paths since the anchors."""
+
+    def longer(anchor: Anchor) -> Anchor:
+        return anchor._replace(path=anchor.path + length)
+
+    sweep = state.sweep
+    if sweep is not None:
+        sweep = sweep._replace(start=longer(sweep.start))
+    return state._replace(anchor=longer(state.anchor), sweep=sweep)
 
 
 def _measure(
@@ -148,11 +184,28 @@ def _move(
     _: Inner, rows: Packed, inside: Array, steps: Packed, scale: Array, schedule: Array
 ) -> Packed:
     """Returns schedule * (s d - V^T inside)."""
+    return _moved(steps, linalg.combine(inside, rows), scale, schedule)
+
+
+def _moved(steps: Packed, inside: Packed, scale: Array, schedule: Array) -> Packed:
     return jax.tree.map(
         lambda d, v: (schedule * (scale * d.astype(jnp.float32) - v)).astype(d.dtype),
         steps,
-        linalg.combine(inside, rows),
+        inside,
     )
+
+
+def _move_and_project(
+    _: Inner, rows: Packed, inside: Array, steps: Packed, scale: Array, schedule: Array
+) -> tuple[Packed, Packed]:
+    """Returns what `_move` does of inside[0], and d - V^T inside[1]; one pass over V.
+
+    The second is what the next step's probe will be of: known here, it need not be
+    taken off V there, where a product has to know its vector beforehand.
+    """
+    both = linalg.rotate(inside, rows)
+    first, second = (jax.tree.map(lambda v, i=i: v[i], both) for i in (0, 1))
+    return _moved(steps, first, scale, schedule), linalg.add_scaled(steps, -1.0, second)
 
 
 def _set_rate(
@@ -162,22 +215,28 @@ def _set_rate(
     seen: Measured,
     rates: Rates,
     products: Products | None,
+    probe: Probe | None,
 ) -> tuple[Array, _rate.RateState]:
     """One step of the curvature-set rate, which rests while no slot is active."""
     rate, slope, slope_ahead = state.rate, seen.slope, seen.slope_ahead
     assert rate is not None and slope is not None and slope_ahead is not None
     use, started = jnp.any(parts.active), rate.steps > 0
     last, steps = rate.direction, linalg.as_float32(steps)
-    comparable = state.counters.refreshed_at != state.count
+    comparable = state.counters.attempted_at != state.count
     rate = _pick(use & started, _rate.observe(rate, slope, comparable), rate)
 
-    if products is not None:
+    if probe is not None:
+        bend = probe.bend * _length_outside(seen)
+        first = _rate.first_scale(rate, slope_ahead, bend)
+        later = _rate.adjust(rate, probe.bend, rate.length, rates.cap)
+        rate = _pick(probe.is_due, _pick(rate.probed == 0, first, later), rate)
+    elif products is not None:
 
         def outside(inner, last, steps, started, rows, active):
             direction = _pick(started, last, steps)
             return subspaces.project_out(direction, rows, active, inner)
 
-        def probe(rate: _rate.RateState) -> _rate.RateState:
+        def measure(rate: _rate.RateState) -> _rate.RateState:
             # The previous direction has not seen this batch; the first has no other.
             rows = state.subspace.eigenvectors
             layout = layout_of_state(state)
@@ -188,17 +247,21 @@ def _set_rate(
             return _pick(started, later, first)
 
         due = use & (_rate.is_due(rate) | ~started)
-        rate = jax.lax.cond(due, probe, lambda r: r, rate)
+        rate = jax.lax.cond(due, measure, lambda r: r, rate)
 
     rate = rate._replace(scale=jnp.minimum(rate.scale, rates.cap))
     scale = jnp.where(use, rate.scale, 1.0)
-    length = seen.step_square - jnp.sum(seen.overlap**2)
     return scale, rate._replace(
         steps=rate.steps + use.astype(jnp.int32),
         direction=steps,
-        length=jnp.maximum(length, 0.0),
+        length=_length_outside(seen),
         taken=rates.schedule * scale,
     )
+
+
+def _length_outside(seen: Measured) -> Array:
+    """Returns |d - V^T V d|^2."""
+    return jnp.maximum(seen.step_square - jnp.sum(seen.overlap**2), 0.0)
 
 
 def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:

@@ -12,10 +12,11 @@ from dho2_jax import _layout as layouts
 from dho2_jax import _step as stepping
 from dho2_jax._config import check_number, make_config
 from dho2_jax._curvature import check_params
-from dho2_jax._products import products_in_update
+from dho2_jax._products import check_source, products_at
 from dho2_jax._refresh import maybe_refresh
 from dho2_jax._slices import gather, lay_out, scatter
 from dho2_jax._state import DHO2State, init_curvature, layout_of_state
+from dho2_jax._sweep import advance, make_product
 from dho2_jax._types import Array, ScalarOrSchedule
 
 _FOSI_CLIP = 3.0
@@ -31,6 +32,7 @@ def dho2(
     refresh_period: int = 200,
     warmup_steps: int = 0,
     early_refreshes: tuple[int, ...] = (),
+    max_drift: float | None = None,
     newton_learning_rate: ScalarOrSchedule = 1.0,
     subspace_decay: ScalarOrSchedule = 0.9,
     subspace_momentum: str = "ema",
@@ -65,12 +67,21 @@ def dho2(
       num_smallest: l, eigenpairs from the lower end; k + l >= 1. Static.
       num_matvecs: m >= k + l, Lanczos steps of a refresh, at most n; None: k + l + 4.
         One product each, and one more that makes the first row. Static.
-      refresh: "periodic": inside `update`, every `refresh_period` steps. "external":
-        only by `dho2_jax.refresh`. Static.
-      refresh_period: T, in updates. Static.
-      warmup_steps: Updates before the first periodic refresh. Static.
-      early_refreshes: More updates to refresh at, counted from the first refresh, such
-        as (20, 50): curvature changes fastest at the start of training. Static.
+      refresh: "periodic": inside `update`, every `refresh_period` steps, all products
+        in one step. "staggered": the same products, one a step, from every
+        `refresh_period` steps on, at the parameters of that step, while training goes
+        on with the previous subspace. All products of a sweep must be of one function:
+        the loop keeps its curvature batch while `sweep_index` stays the same.
+        "external": only by `dho2_jax.refresh`. Static.
+      refresh_period: T, in updates; >= m with "staggered", and where it is shorter than
+        m + 3 + ceil((m + 1) / 9) starts within a sweep are passed over. Static.
+      warmup_steps: Updates before the first periodic refresh or sweep. Static.
+      early_refreshes: More updates to refresh, or to begin a sweep, at, counted from
+        the first, such as (20, 50): curvature changes fastest at the start of training.
+        With "staggered" those that would meet another sweep are passed over. Static.
+      max_drift: Refresh, or begin a sweep, also in between when the parameters have
+        gone farther than this times their own norm since the subspace in use was
+        measured (`metrics`: "drift"). None: by the step count alone. Static.
       newton_learning_rate: alpha; 0 removes the subspace without a Newton step.
       subspace_decay: beta, in [0, 1).
       subspace_momentum: "ema": u <- beta u + (1 - beta) c0. "heavy_ball": u <- beta u +
@@ -136,6 +147,7 @@ def dho2(
         refresh_period=refresh_period,
         warmup_steps=warmup_steps,
         early_refreshes=early_refreshes,
+        max_drift=max_drift,
         subspace_momentum=subspace_momentum,
         base_rate=base_rate,
         curvature=curvature,
@@ -178,6 +190,7 @@ def dho2(
         *,
         value_fn=None,
         matvec_fn=None,
+        product=None,
         **extra_args,
     ) -> tuple[optax.Updates, Any]:
         if value_fn is not None:
@@ -194,9 +207,16 @@ def dho2(
         layout = layout_of_state(ours)
         layouts.check_shapes(grads, layout, "`updates`")
         check_params(updates, "update", "updates")
-        products = products_in_update(config, layout, params, value_fn, matvec_fn)
-        if products is not None and config.refresh == "periodic":
-            ours = maybe_refresh(ours, params, products)
+        check_source(config, params, value_fn, matvec_fn, product)
+        products = probe = None
+        if config.refresh == "staggered":
+            if product is None:
+                product = make_product(ours, params, value_fn, matvec_fn)
+            ours, probe = advance(ours, params, product)
+        elif value_fn is not None or matvec_fn is not None:
+            products = products_at(config, layout, params, value_fn, matvec_fn)[1]
+            if config.refresh == "periodic":
+                ours = maybe_refresh(ours, params, products)
 
         rates = stepping.Rates(
             newton=_at(newton_learning_rate, ours.count),
@@ -215,7 +235,7 @@ def dho2(
             params,
             extra_args,
         )
-        vector, ours = stepping.join(ours, parts, steps, rates, products)
+        vector, ours = stepping.join(ours, parts, steps, rates, products, probe)
         ours = ours._replace(count=optax.safe_increment(ours.count))
         new_updates = jax.tree.unflatten(treedef, gather(vector, dtypes))
         return new_updates, DHO2State(base_state, lay_out(layout, ours))

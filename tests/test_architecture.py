@@ -22,11 +22,11 @@ LAYERS = (
     {"linalg", "sharding", "axes"},
     {"curvature", "lanczos", "spectrum", "layout"},
     {"slices", "subspace", "rate", "config"},
-    {"state"},
+    {"state", "schedule"},
     {"base", "products", "metrics"},
     {"refresh", "specs"},
-    {"step"},
-    {"transform"},
+    {"step", "sweep"},
+    {"transform", "stagger"},
     {"alias"},
 )
 """Bottom up; a module imports from lower layers only."""
