@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from dho2_jax.app import experiment, placement
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.train import build_programs
+from dho2_jax.app.programs import build_programs
 
 DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
 SMALL = [
@@ -139,7 +139,8 @@ def test_the_curvature_batch_lies_where_it_was():
     batch = jax.ShapeDtypeStruct(
         (64, 5), np.float32, sharding=placement.batch_sharding(mesh)
     )
-    taken = jax.jit(lambda x: placement.spread(x, 16, mesh)).lower(batch).compile()
+    taken = jax.jit(lambda x: placement.spread(x, 16, batch.sharding))
+    taken = taken.lower(batch).compile()
     text = taken.as_text() or ""
     assert text and not re.search(r"all-(gather|to-all|reduce)|collective", text)
     assert taken.output_shardings.spec == P(("data", "fsdp"))

@@ -14,13 +14,13 @@ from dho2_jax.app import (
     collectives,
     experiment,
     measure,
+    placement,
     plan,
     plan_table,
     topology,
 )
-from dho2_jax.app import config as configs
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.train import compile_programs
+from dho2_jax.app.programs import compile_programs
 
 DIGITS = str(pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py")
 SMALL = [
@@ -149,7 +149,7 @@ def test_figures_are_those_of_training():
     stages = []
     found = measure.measure(chosen, jax.devices(), stages.append)
     assert stages == ["training step", "refresh", "product", "parts of the state"]
-    size = configs.curvature_batch_size(chosen.config)
+    size = placement.curvature_batch_size(chosen.config, chosen.mesh)
     programs = compile_programs(
         chosen.task, chosen.dho2, size, chosen.mesh, chosen.param_specs
     )

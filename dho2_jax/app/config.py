@@ -24,7 +24,10 @@ Config = Any  # a ConfigDict, whose fields have no static types
 RUN_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "num_seeds": 3,  # `dho2 compare` runs seeds seed, seed + 1, ...
-    "curvature_batch_size": 0,  # 0: a quarter of the batch
+    "curvature_batch_size": 0,  # 0: a quarter of the batch; less with `stagger_axis`
+    "stagger_axis": "",  # of the mesh: groups along it take turns at the curvature
+    "curvature_devices": 0,  # of each process: they refresh while the others train
+    "land_after": 0,  # steps until such a refresh is used; 0: a quarter of its period
     "log_every": 10,
     "eval_every": 50,
     "train_base": True,
@@ -274,15 +277,23 @@ def validate(config: Config) -> None:
             f"and config.batch_size={config.batch_size}, "
             f"got {config.curvature_batch_size}."
         )
-
-
-def curvature_batch_size(config: Config) -> int:
-    """Returns the number of examples that measure curvature: by default a quarter.
-
-    Args:
-      config: A completed config.
-
-    Returns:
-      At least one.
-    """
-    return config.curvature_batch_size or max(1, config.batch_size // 4)
+    for name, kind in (
+        ("stagger_axis", "staggered"),
+        ("curvature_devices", "external"),
+    ):
+        if config[name] and config.optimizer.refresh != kind:
+            raise UserError(
+                f"`config.{name}` must come with config.optimizer.refresh='{kind}', "
+                f"got it with '{config.optimizer.refresh}'; change one of them."
+            )
+    if config.curvature_devices < 0 or config.land_after < 0:
+        raise UserError(
+            "`config.curvature_devices` and `config.land_after` must not be negative, "
+            f"got {config.curvature_devices} and {config.land_after}."
+        )
+    longest = config.optimizer.refresh_period
+    if config.land_after >= longest and config.curvature_devices:
+        raise UserError(
+            "`config.land_after` must be below config.optimizer.refresh_period="
+            f"{longest}, got {config.land_after}; a refresh lands before the next."
+        )

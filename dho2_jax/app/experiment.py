@@ -13,9 +13,10 @@ from tqdm import tqdm
 from dho2_jax.app import config as configs
 from dho2_jax.app import distributed, optimizers, placement, plots, writers
 from dho2_jax.app.errors import UserError
+from dho2_jax.app.programs import Programs, compile_programs
 from dho2_jax.app.task import Task
 from dho2_jax.app.tasks import TASKS
-from dho2_jax.app.train import Programs, Run, compile_programs, train
+from dho2_jax.app.train import Run, train
 
 
 class Experiment(NamedTuple):
@@ -94,11 +95,19 @@ def build(
     """
     arguments = dict(config.task.items())
     task = TASKS[arguments.pop("name")](config.batch_size, **arguments)
+    devices, curvature_mesh = placement.set_aside(config, devices)
     mesh = placement.make_mesh(config, devices)
     specs = placement.param_specs(
         jax.eval_shape(task.init, 0), mesh, config.param_sharding
     )
-    dho2 = optimizers.build_dho2(config, mesh, specs)
+    if mesh is None and (config.stagger_axis or config.curvature_devices):
+        raise UserError(
+            "`config.mesh_shape` must be of at least two devices with "
+            f"config.stagger_axis={config.stagger_axis!r} or "
+            f"config.curvature_devices={config.curvature_devices}, got one; leave it "
+            "out for all devices."
+        )
+    dho2 = optimizers.build_dho2(config, mesh, specs, curvature_mesh)
     base = optimizers.build_base(config)
     return Experiment(name, config, task, dho2, base, mesh, specs)
 
@@ -116,7 +125,7 @@ def compile_for(experiment: Experiment, optimizer: optimizers.Optimizer) -> Prog
     Raises:
       UserError: If the optimizer rejects the parameters or the loss.
     """
-    size = configs.curvature_batch_size(experiment.config)
+    size = placement.curvature_batch_size(experiment.config, experiment.mesh)
     if distributed.is_first():
         devices = experiment.mesh.size if experiment.mesh else 1
         where = f" for {devices} devices" if devices > 1 else ""

@@ -19,12 +19,11 @@ from jax.sharding import SingleDeviceSharding
 
 import dho2_jax
 from dho2_jax.app import collectives, placement
-from dho2_jax.app import config as configs
 from dho2_jax.app import experiment as experiments
 from dho2_jax.app import topology as topologies
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.experiment import Experiment
-from dho2_jax.app.train import Blueprint, build_programs
+from dho2_jax.app.programs import Blueprint, build_programs
 
 TILE_ROWS = 8  # a TPU pads the rows of the basis to multiples of this
 
@@ -58,14 +57,14 @@ def measure(
     Raises:
       UserError: If the optimizer rejects the parameters or the loss.
     """
-    size = configs.curvature_batch_size(experiment.config)
     task, mesh = experiment.task, experiment.mesh
+    size = placement.curvature_batch_size(experiment.config, mesh)
     try:
         programs = build_programs(
             task, experiment.dho2, size, mesh, experiment.param_specs
         )
         step = _on_devices(programs.step, mesh, devices)
-        params, state, batch = step.arguments
+        params, state, batch, *_ = step.arguments
         report("training step")
         measured, text = _measure_program(step)
         refreshed = None

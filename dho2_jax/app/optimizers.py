@@ -39,7 +39,12 @@ class Optimizer(NamedTuple):
     transform: optax.GradientTransformationExtraArgs
     hybrid: bool = False  # takes a value_fn and has dho2 metrics
     gauss_newton: bool = False  # that value_fn is a pair of functions
+    curvature: str = "hessian"
     refresh_at: Callable[[int], bool] | None = None  # steps at which the loop refreshes
+    sweep_of: Callable[[int], int] | None = None  # the staggered sweep of a step
+    stagger_axis: str = ""  # the mesh axis along which sweeps are staggered too
+    curvature_mesh: Any = None  # devices that refresh while the others train
+    land_after: int = 0  # steps from such a refresh's launch to its use
 
 
 BASES: dict[str, tuple[str, Callable[..., optax.GradientTransformation]]] = {
@@ -131,7 +136,10 @@ def build_base(config: Config) -> Optimizer:
 
 
 def build_dho2(
-    config: Config, mesh: jax.sharding.Mesh | None = None, param_specs: Any = None
+    config: Config,
+    mesh: jax.sharding.Mesh | None = None,
+    param_specs: Any = None,
+    curvature_mesh: jax.sharding.Mesh | None = None,
 ) -> Optimizer:
     """Builds DHO² on top of the base optimizer.
 
@@ -139,6 +147,7 @@ def build_dho2(
       config: A completed config.
       mesh: Over which the curvature is split, or None.
       param_specs: How the parameters are split over it.
+      curvature_mesh: Of the devices set aside for the refresh, or None.
 
     Returns:
       The optimizer, with what the loop needs to know about its refreshes.
@@ -166,19 +175,33 @@ def build_dho2(
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"config.optimizer: {error}") from error
-    external = fields.refresh == "external"
+    schedule_of = {
+        "refresh_period": fields.refresh_period,
+        "warmup_steps": fields.warmup_steps,
+        "early_refreshes": tuple(fields.early_refreshes),
+    }
+    refresh_at = sweep_of = None
+    if fields.refresh == "external":
+        refresh_at = functools.partial(dho2_jax.should_refresh, **schedule_of)
+    if fields.refresh == "staggered":
+        sweep_of = functools.partial(
+            dho2_jax.sweep_index, num_matvecs=_num_matvecs(fields), **schedule_of
+        )
     return Optimizer(
         "dho2",
         f"DHO² ({BASES[fields.base][0]})",
         transform,
         hybrid=True,
         gauss_newton=fields.curvature == "ggn",
-        refresh_at=functools.partial(
-            dho2_jax.should_refresh,
-            refresh_period=fields.refresh_period,
-            warmup_steps=fields.warmup_steps,
-            early_refreshes=tuple(fields.early_refreshes),
-        )
-        if external
-        else None,
+        curvature=fields.curvature,
+        refresh_at=refresh_at,
+        sweep_of=sweep_of,
+        stagger_axis=config.stagger_axis,
+        curvature_mesh=curvature_mesh,
+        land_after=config.land_after or max(1, fields.refresh_period // 4),
     )
+
+
+def _num_matvecs(fields: Config) -> int:
+    """Returns m as dho2 fills it in."""
+    return fields.num_matvecs or fields.num_largest + fields.num_smallest + 4

@@ -15,11 +15,48 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dho2_jax
-from dho2_jax.app.config import Config, curvature_batch_size
+from dho2_jax.app.config import Config
 from dho2_jax.app.errors import UserError, nearest
 
 PARAM_SHARDINGS = ("replicated", "fsdp")
 FSDP = "fsdp"  # the axis over which `param_sharding="fsdp"` splits parameters
+
+
+PRODUCT = 2.5  # gradients that a product takes on the same examples, measured
+
+
+def set_aside(
+    config: Config, devices: Sequence[Any] | None = None
+) -> tuple[Sequence[Any], Mesh | None]:
+    """Divides the devices into those that train and those that refresh.
+
+    Args:
+      config: A completed config; `curvature_devices` is the number in each process.
+      devices: Those to use, of any topology; default: all that JAX sees.
+
+    Returns:
+      The devices that train, and a mesh of the last ones of each process, or None.
+
+    Raises:
+      UserError: If there would be none left to train.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = config.curvature_devices
+    if not count:
+        return devices, None
+    of_process: dict[int, list[Any]] = {}
+    for device in devices:
+        of_process.setdefault(device.process_index, []).append(device)
+    least = min(map(len, of_process.values()))
+    if count >= least:
+        raise UserError(
+            "`config.curvature_devices` must be below the number of devices of each "
+            f"process, {least}, got {count}; the others train."
+        )
+    training = [one for group in of_process.values() for one in group[:-count]]
+    apart = [group[-count:] for group in of_process.values()]
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return training, Mesh(np.array(apart), ("process", "curvature"), axis_types=kinds)
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | None:
@@ -50,6 +87,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | No
     shape = _shape(tuple(config.mesh_shape) or (-1,), len(devices))
     axes = _axes(config, len(shape))
     size = math.prod(shape)
+    if config.stagger_axis and config.stagger_axis not in axes:
+        raise UserError(
+            f"`config.stagger_axis` must be an axis of the mesh, {axes}, got "
+            f"{config.stagger_axis!r}; " + nearest(config.stagger_axis, axes)
+        )
     if size < len(devices) and jax.process_count() > 1:
         raise UserError(
             f"`config.mesh_shape` must use all {len(devices)} devices of the "
@@ -57,13 +99,14 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | No
         )
     if size == 1:
         return None
-    _check_batch(config, size)
-    return jax.make_mesh(
+    mesh = jax.make_mesh(
         shape,
         axes,
         axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
         devices=tuple(devices)[:size],
     )
+    _check_batch(config, mesh)
+    return mesh
 
 
 def _shape(wanted: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -110,21 +153,47 @@ def _axes(config: Config, number: int) -> tuple[str, ...]:
     return axes
 
 
-def _check_batch(config: Config, size: int) -> None:
+def curvature_batch_size(config: Config, mesh: Mesh | None) -> int:
+    """Returns the number of examples that measure curvature.
+
+    By default a quarter of the batch; with a stagger axis as many as make the product
+    take as long as a gradient on one group's part of the batch.
+
+    Args:
+      config: A completed config.
+      mesh: The mesh, or None.
+
+    Returns:
+      At least one.
+    """
+    if config.curvature_batch_size:
+        return config.curvature_batch_size
+    batch = config.batch_size
+    if mesh is None or not config.stagger_axis:
+        return max(1, batch // 4)
+    groups = mesh.shape[config.stagger_axis]
+    within = mesh.size // groups
+    fitting = [one for one in range(within, batch + 1, within) if batch % one == 0]
+    wanted = batch / groups / PRODUCT
+    return max((one for one in fitting if one <= wanted), default=within)
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
     """Checks that each device gets as many examples as any other."""
-    batch, part = config.batch_size, curvature_batch_size(config)
+    batch, part, size = config.batch_size, curvature_batch_size(config, mesh), mesh.size
+    within = size // mesh.shape[config.stagger_axis] if config.stagger_axis else size
     if batch % size:
         raise UserError(
             f"`config.batch_size` must be a multiple of the {size} devices of the "
             f"mesh, got {batch}; change it or `config.mesh_shape`."
         )
-    if part % size or batch % part:
-        fitting = [one for one in range(size, batch + 1, size) if batch % one == 0]
+    if part % within or batch % part:
+        fitting = [one for one in range(within, batch + 1, within) if batch % one == 0]
         choice = ", ".join(map(str, fitting[-5:]))
         raise UserError(
             f"`config.curvature_batch_size` must divide config.batch_size={batch} and "
-            f"be a multiple of the {size} devices of the mesh, got {part}; choose one "
-            f"of {choice}."
+            f"be a multiple of the {within} devices that measure curvature together, "
+            f"got {part}; choose one of {choice}."
         )
 
 
@@ -188,9 +257,12 @@ def state_shardings(
     return jax.tree.map(lambda x: by_shape.get(x.shape, whole), state)
 
 
-def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """Returns how a batch lies: examples over all axes; None without a mesh."""
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+def batch_sharding(mesh: Mesh | None, but: str = "") -> NamedSharding | None:
+    """Returns how a batch lies: examples over all axes but one; None without a mesh."""
+    if mesh is None:
+        return None
+    axes = tuple(name for name in mesh.axis_names if name != but)
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
@@ -244,7 +316,7 @@ def put(batch: Any, mesh: Mesh | None) -> Any:
     )
 
 
-def spread(batch: Any, count: int, mesh: Mesh | None) -> Any:
+def spread(batch: Any, count: int, sharding: NamedSharding | None) -> Any:
     """Takes examples from all over a batch, inside a program.
 
     On a mesh each device takes its share of its own part of the batch, and nothing
@@ -254,12 +326,12 @@ def spread(batch: Any, count: int, mesh: Mesh | None) -> Any:
     Args:
       batch: A pytree of arrays that share their leading dimension.
       count: How many; on a mesh a divisor of the batch and a multiple of the devices.
-      mesh: The mesh, or None.
+      sharding: Of the result, from `batch_sharding`: where an axis is left out, the
+        examples are gathered along it.
 
     Returns:
-      The same pytree with fewer examples, split in the same way.
+      The same pytree with fewer examples.
     """
-    sharding = batch_sharding(mesh)
 
     def take(x: jax.Array) -> jax.Array:
         stride = len(x) // count

@@ -11,46 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 from tqdm import tqdm
 
-import dho2_jax
-from dho2_jax.app import distributed, placement
+from dho2_jax.app import distributed
 from dho2_jax.app.optimizers import Optimizer
+from dho2_jax.app.programs import Programs
 from dho2_jax.app.task import Task
 from dho2_jax.app.writers import Row
-
-
-class Blueprint(NamedTuple):
-    """A program before it is compiled: `function.lower(*arguments)`."""
-
-    function: Any  # jitted
-    arguments: tuple[Any, ...]  # ShapeDtypeStructs, with shardings on a mesh
-
-
-class Blueprints(NamedTuple):
-    """All that a run executes but the evaluation, which needs the validation batch."""
-
-    start: Blueprint  # seed -> params, state
-    step: Blueprint  # params, state, batch -> params, state, loss
-    refresh: Blueprint | None  # state, params, batch -> state
-    observe: Blueprint | None  # state -> metrics, spectrum
-
-
-class Programs(NamedTuple):
-    """Compiled ahead of time, so that no clock ever sees a compilation."""
-
-    start: Callable[..., Any]  # seed, uint32 -> params, state
-    step: Callable[..., Any]  # params, state, batch -> params, state, loss
-    refresh: Callable[..., Any] | None  # state, params, batch -> state
-    observe: Callable[..., Any] | None  # state -> metrics, spectrum
-    evaluate: Callable[..., Any]  # params -> loss
-    place: Callable[..., Any]  # batch in host memory -> batch on the devices
-    compile_seconds: float
 
 
 @dataclasses.dataclass
@@ -71,123 +42,6 @@ class Run:
             [row["seconds"] for row in rows],
             [row[name] for row in rows],
         )
-
-
-def build_programs(
-    task: Task,
-    optimizer: Optimizer,
-    curvature_batch_size: int,
-    mesh: jax.sharding.Mesh | None = None,
-    param_specs: Any = None,
-) -> Blueprints:
-    """Builds what a run of this task with this optimizer executes, and nothing more.
-
-    Nothing is computed and no array is made: the devices of the mesh may be those of
-    another machine.
-
-    Args:
-      task: The task.
-      optimizer: The optimizer, built for the same mesh.
-      curvature_batch_size: Examples of each batch that measure curvature, spread evenly
-        over it, so that on a mesh every device has its part already.
-      mesh: The mesh, or None for one device.
-      param_specs: How the parameters are split, from `placement.param_specs`.
-
-    Returns:
-      The programs with their abstract arguments; they serve every seed. The training
-      step and the refresh donate the parameters and states that they replace.
-    """
-    transform = optimizer.transform
-    whole = placement.replicated(mesh)
-    param_shardings = placement.param_shardings(mesh, param_specs)
-    params = placement.abstract(jax.eval_shape(task.init, 0), param_shardings)
-    state_shardings = placement.state_shardings(
-        transform, params, mesh, hybrid=optimizer.hybrid
-    )
-    state = placement.abstract(jax.eval_shape(transform.init, params), state_shardings)
-    batch = placement.abstract(task.dataset.batch_spec, placement.batch_sharding(mesh))
-
-    def curvature_of(batch) -> Any:
-        part = placement.spread(batch, curvature_batch_size, mesh)
-        return task.value_fn(part, gauss_newton=optimizer.gauss_newton)
-
-    def start(seed):
-        params = task.init(seed)
-        return params, transform.init(params)
-
-    def step(params, state, batch):
-        loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
-        extra = {"value_fn": curvature_of(batch)} if optimizer.hybrid else {}
-        updates, state = transform.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state, loss
-
-    def refresh(state, params, batch):
-        return dho2_jax.refresh(state, params, curvature_of(batch))
-
-    def observe(state):
-        subspace = dho2_jax.subspace(state)
-        return dho2_jax.metrics(state), (subspace.eigenvalues, subspace.valid)
-
-    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=whole)
-    pair = (param_shardings, state_shardings)
-    return Blueprints(
-        Blueprint(jax.jit(start, out_shardings=pair), (seed,)),
-        Blueprint(
-            jax.jit(step, out_shardings=(*pair, whole), donate_argnums=(0, 1)),
-            (params, state, batch),
-        ),
-        Blueprint(
-            jax.jit(refresh, out_shardings=state_shardings, donate_argnums=0),
-            (state, params, batch),
-        )
-        if optimizer.refresh_at is not None
-        else None,
-        Blueprint(jax.jit(observe, out_shardings=whole), (state,))
-        if optimizer.hybrid
-        else None,
-    )
-
-
-def compile_programs(
-    task: Task,
-    optimizer: Optimizer,
-    curvature_batch_size: int,
-    mesh: jax.sharding.Mesh | None = None,
-    param_specs: Any = None,
-) -> Programs:
-    """Compiles what `build_programs` builds, and the evaluation.
-
-    Args:
-      task: The task.
-      optimizer: The optimizer, built for the same mesh.
-      curvature_batch_size: Examples of each batch that measure curvature.
-      mesh: The mesh, or None for one device.
-      param_specs: How the parameters are split.
-
-    Returns:
-      The programs; they serve every seed.
-    """
-    began = time.perf_counter()
-    blueprints = build_programs(
-        task, optimizer, curvature_batch_size, mesh, param_specs
-    )
-
-    def compiled(one: Blueprint) -> Any:
-        return one.function.lower(*one.arguments).compile()
-
-    params = blueprints.step.arguments[0]
-    validation = placement.put(task.dataset.validation, mesh)
-    evaluate = jax.jit(task.loss_fn, out_shardings=placement.replicated(mesh))
-    evaluate = evaluate.lower(params, validation).compile()
-    return Programs(
-        start=compiled(blueprints.start),
-        step=compiled(blueprints.step),
-        refresh=compiled(blueprints.refresh) if blueprints.refresh else None,
-        observe=compiled(blueprints.observe) if blueprints.observe else None,
-        evaluate=lambda params: evaluate(params, validation),
-        place=lambda batch: placement.put(batch, mesh),
-        compile_seconds=time.perf_counter() - began,
-    )
 
 
 def train(
@@ -225,7 +79,7 @@ def train(
     run = Run(optimizer, seed, programs.compile_seconds)
     params, state = programs.start(np.uint32(seed))
     losses: list[jax.Array] = []
-    refresh_at = optimizer.refresh_at
+    advance = stepper(task, optimizer, programs, seed)
     seconds, refreshes = 0.0, 0
 
     def record(done: int, evaluate: bool) -> Row:
@@ -259,10 +113,7 @@ def train(
         for done in range(1, steps + 1):
             if run.interrupted:
                 break
-            batch = programs.place(task.dataset.train_batch(seed, done - 1))
-            if programs.refresh and refresh_at and refresh_at(done - 1):
-                state = programs.refresh(state, params, batch)
-            params, state, loss = programs.step(params, state, batch)
+            params, state, loss = advance(done - 1, params, state)
             losses.append(loss)
             run.interrupted = should_stop()
             last = done == steps or run.interrupted
@@ -275,6 +126,52 @@ def train(
                 bar.update(done - logged)
                 start, logged = time.perf_counter(), done
     return run
+
+
+def stepper(
+    task: Task, optimizer: Optimizer, programs: Programs, seed: int
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """Returns what does one step of a run, the curvature's share of it included.
+
+    Args:
+      task: The task.
+      optimizer: The optimizer.
+      programs: Compiled for both.
+      seed: Of the batches.
+
+    Returns:
+      `advance(step, params, state) -> (params, state, loss)`. Steps count from 0 and
+      follow each other; the host waits for no device.
+    """
+    refresh_at, sweep_of = optimizer.refresh_at, optimizer.sweep_of
+    part, sweep = None, None  # a sweep's curvature batch, and which sweep it is
+    pending, due = None, None  # a refresh under way elsewhere, and when it lands
+
+    def advance(step: int, params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
+        nonlocal part, sweep, pending, due
+        on_host = task.dataset.train_batch(seed, step)
+        batch = programs.place(on_host)
+        if sweep_of is not None and programs.take_part is not None:
+            if part is None or sweep_of(step) != sweep:
+                # That of its first step, also where a run is resumed in mid-sweep.
+                sweep, first = sweep_of(step), step
+                while first > 0 and sweep_of(first - 1) == sweep:
+                    first -= 1
+                batch_then = task.dataset.train_batch(seed, first)
+                part = programs.take_part(programs.place(batch_then))
+            return programs.step(params, state, batch, part)
+        if programs.overlap is not None and step == due:
+            state = programs.overlap.land(state, pending)
+            pending, due = None, None
+        if refresh_at is not None and refresh_at(step):
+            if programs.refresh is not None:
+                state = programs.refresh(state, params, batch)
+            elif programs.overlap is not None and pending is None:
+                pending = programs.overlap.launch(state, params, on_host)
+                due = step + optimizer.land_after
+        return programs.step(params, state, batch)
+
+    return advance
 
 
 def _progress(row: Row) -> str:

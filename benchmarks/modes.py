@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each way of computing curvature costs, in time, in loss and in FLOPs.
+
+    python benchmarks/modes.py convergence [--configs a,b] [--seeds 3]
+    python benchmarks/modes.py times [--config char_lm] [--steps 300]
+    python benchmarks/modes.py totals [--config char_lm] [--periods 50,100,200]
+    python benchmarks/modes.py flops [--config char_lm]
+
+The modes, on eight virtual CPU devices:
+
+    base             the base optimizer alone, at its own best rate
+    periodic         all products in one step
+    staggered        one product a step
+    across an axis   one product a step, made by one of eight devices in turn while the
+                     others make the gradient
+    overlapped       four devices train and four refresh at the same time
+
+`convergence` compares final losses with everything else equal. `times` measures every
+step of each mode apart, in rounds of all modes, and draws `modes.png`; `totals` the
+time of a whole run, the host waiting at its end only, relative to the base in the same
+round. Compilation is never in a time. `flops` counts what the busiest device computes:
+on two cores eight devices take turns, on a pod they do not.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dho2_jax.app import experiment as experiments
+from dho2_jax.app import measure as measuring
+from dho2_jax.app import placement
+from dho2_jax.app.experiment import Experiment
+from dho2_jax.app.programs import Programs, build_programs
+from dho2_jax.app.train import stepper
+
+ROOT = pathlib.Path(__file__).resolve().parent
+MODES: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "periodic": ("optimizer.refresh=periodic",),
+    "staggered": ("optimizer.refresh=staggered",),
+    "across an axis": ("optimizer.refresh=staggered", "stagger_axis=data"),
+    "overlapped": ("optimizer.refresh=external", "curvature_devices=4"),
+}
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito
+WARM = 3  # steps before the clock counts
+
+
+class Mode(NamedTuple):
+    """One way to train, built and compiled."""
+
+    name: str
+    experiment: Experiment
+    optimizer: Any
+    programs: Programs
+
+
+def build(config: str, name: str, *overrides: str) -> Experiment:
+    """Builds the experiment of a mode."""
+    file = ROOT.parent / "configs" / f"{config}.py"
+    changes = [f"--config.{one}" for one in (*MODES[name], *overrides)]
+    return experiments.build(config, experiments.read_config(str(file), changes))
+
+
+def compiled(config: str, name: str, *overrides: str) -> Mode:
+    """Builds and compiles a mode."""
+    experiment = build(config, name, *overrides)
+    optimizer = experiment.base if name == "base" else experiment.dho2
+    return Mode(
+        name, experiment, optimizer, experiments.compile_for(experiment, optimizer)
+    )
+
+
+def convergence(options: argparse.Namespace) -> None:
+    """Prints the final losses of all modes on all seeds."""
+    lines = ["| config | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
+    for config in options.configs.split(","):
+        cells = []
+        for name in MODES:
+            # The first two are the same on any number of devices, and faster on one.
+            on_one = name in ("base", "periodic", "staggered")
+            mode = compiled(config, name, *["mesh_shape=(1,)"] * on_one)
+            finals, counts = [], []
+            for seed in range(options.seeds):
+                run = experiments.run_one(
+                    mode.experiment,
+                    mode.optimizer,
+                    mode.programs,
+                    seed=seed,
+                    directory=None,
+                    should_stop=lambda: False,
+                )
+                finals.append(run.series("val_loss")[2][-1])
+                last = run.rows[-1]
+                counts.append((last.get("refreshes"), last.get("rejected")))
+            middle = statistics.median(finals)
+            cells.append(f"{middle:.4g} [{min(finals):.4g}, {max(finals):.4g}]")
+            print(config, name, finals, counts, flush=True)
+        lines.append(f"| {config} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+
+
+def times(options: argparse.Namespace) -> None:
+    """Prints percentiles of the time of a step and draws all steps."""
+    modes = [_timed(options, name) for name in MODES]
+    seconds: dict[str, list[float]] = {mode.name: [] for mode in modes}
+    runs = [_Run(mode) for mode in modes]
+    for _ in range(WARM):
+        for run in runs:
+            run.step()
+    rounds = 6
+    for number in range(rounds):
+        for mode, run in zip(modes, runs, strict=True):
+            for _ in range(options.steps // rounds):
+                began = time.perf_counter()
+                run.step()
+                jax.block_until_ready(run.params)
+                seconds[mode.name].append(time.perf_counter() - began)
+            run.wait()
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    base = np.percentile(seconds["base"], 99)
+    print("| mode | median | mean | 99th percentile | over the base's | maximum |")
+    print("|---|---|---|---|---|---|")
+    for name, found in seconds.items():
+        ms, high = 1e3 * np.array(found), np.percentile(found, 99)
+        print(
+            f"| {name} | {np.median(ms):.1f} ms | {ms.mean():.1f} ms "
+            f"| {1e3 * high:.1f} ms | {high / base:.2f} | {ms.max():.0f} ms |"
+        )
+    options.out.with_suffix(".json").write_text(json.dumps(seconds))
+    _draw(options.out, seconds, f"{options.config}, eight devices on two cores")
+
+
+def totals(options: argparse.Namespace) -> None:
+    """Prints the time of whole runs relative to the base's."""
+    periods = [int(one) for one in options.periods.split(",")]
+    ratios: dict[str, list[str]] = {name: [] for name in MODES if name != "base"}
+    base = _Run(_timed(options, "base"))
+    for period in periods:
+        more = (f"optimizer.refresh_period={period}",)
+        runs = {name: _Run(_timed(options, name, *more)) for name in ratios}
+        found: dict[str, list[float]] = {name: [] for name in ratios}
+        for _ in range(options.repeats):
+            whole = _total(base, options.steps)
+            for name, run in runs.items():
+                found[name].append(_total(run, options.steps) / whole)
+                print(period, name, f"{found[name][-1]:.3f}", flush=True)
+        for name, several in found.items():
+            ratios[name].append(f"{statistics.median(several):.2f}")
+    print("| mode | " + " | ".join(f"T = {one}" for one in periods) + " |")
+    print("|---" * (len(periods) + 1) + "|")
+    for name, cells in ratios.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def flops(options: argparse.Namespace) -> None:
+    """Prints what the busiest device computes in a step, in units of a gradient."""
+    experiment = build(options.config, "across an axis", *_sizes(options))
+    mesh, config = experiment.mesh, experiment.config
+    assert mesh is not None
+    batch = config.batch_size
+    part = placement.curvature_batch_size(config, mesh)
+    base = build_programs(experiment.task, experiment.base, part, mesh, None)
+
+    def of(examples: int, function: Callable[..., Any]) -> float:
+        """FLOPs of a function of the parameters and this many examples."""
+        params = jax.eval_shape(experiment.task.init, 0)
+        spec = experiment.task.dataset.batch_spec
+        some = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype), spec
+        )
+        cost = jax.jit(function).lower(params, some).compile().cost_analysis()
+        return float((cost or {})["flops"])
+
+    loss = experiment.task.loss_fn
+
+    def product(params, some):
+        return measuring.PRODUCTS["hessian"](lambda p: loss(p, some), params)(params)
+
+    one = of(batch // mesh.size, jax.value_and_grad(loss))
+    whole = of(part, product) / one
+    shared = of(max(1, part // mesh.size), product) / one
+    m, period = _matvecs(experiment), config.optimizer.refresh_period
+    busy = (m + 1) / period
+    half = of(batch // (mesh.size // 2), jax.value_and_grad(loss)) / one
+    rows = [
+        ("base", 1.0, 1.0),
+        ("periodic", 1 + busy * shared, 1 + (m + 1) * shared),
+        ("staggered", 1 + busy * shared, 1 + shared),
+        ("across an axis", 1 + busy * max(0.0, whole - 1), max(1.0, whole)),
+        ("overlapped", half, half),
+    ]
+    del base
+    print(f"gradient on {batch // mesh.size} examples: {one:.3g} FLOPs = 1")
+    print("| mode | mean of a period | longest step |")
+    print("|---|---|---|")
+    for name, mean, longest in rows:
+        print(f"| {name} | {mean:.3f} | {longest:.2f} |")
+
+
+class _Run:
+    """A run under way: its state, and how to go on."""
+
+    def __init__(self, mode: Mode):
+        self.mode = mode
+        self.restart()
+
+    def restart(self) -> None:
+        mode = self.mode
+        self.count = 0
+        self.params, self.state = mode.programs.start(np.uint32(0))
+        self.advance = stepper(
+            mode.experiment.task, mode.optimizer, mode.programs, seed=0
+        )
+        jax.block_until_ready((self.params, self.state))
+
+    def step(self) -> None:
+        self.params, self.state, _ = self.advance(self.count, self.params, self.state)
+        self.count += 1
+
+    def wait(self) -> None:
+        """Waits for all devices, those that refresh included."""
+        mesh = self.mode.optimizer.curvature_mesh
+        jax.block_until_ready((self.params, self.state))
+        if mesh is not None:
+            for device in mesh.devices.flat:
+                jax.block_until_ready(jax.device_put(0.0, device) + 1)
+
+
+def _total(run: _Run, steps: int) -> float:
+    run.restart()
+    began = time.perf_counter()
+    for _ in range(steps):
+        run.step()
+    jax.block_until_ready((run.params, run.state))
+    return time.perf_counter() - began
+
+
+def _sizes(options: argparse.Namespace) -> list[str]:
+    """Returns the sizes of `times` and `totals`: an eighth of the batch for curvature."""
+    return [
+        f"batch_size={options.batch_size}",
+        f"curvature_batch_size={options.batch_size // 8}",
+        f"optimizer.refresh_period={options.period}",
+        "optimizer.early_refreshes=()",
+        f"optimizer.num_largest={options.num_largest}",
+    ]
+
+
+def _timed(options: argparse.Namespace, name: str, *overrides: str) -> Mode:
+    return compiled(options.config, name, *_sizes(options), *overrides)
+
+
+def _matvecs(experiment: Experiment) -> int:
+    fields = experiment.config.optimizer
+    return fields.num_matvecs or fields.num_largest + fields.num_smallest + 4
+
+
+def _draw(path: pathlib.Path, seconds: dict[str, Sequence[float]], title: str) -> None:
+    """Draws the time of each step against its number, a panel for each mode."""
+    figure = Figure(figsize=(11, 8.5), dpi=130)
+    panels = figure.subplots(len(seconds), 1, sharex=True)
+    low = 1e3 * min(map(min, seconds.values()))
+    high = 1e3 * max(map(max, seconds.values()))
+    usual = 1e3 * float(np.median(seconds["base"]))
+    for axes, colour, (name, found) in zip(
+        panels, COLOURS, seconds.items(), strict=True
+    ):
+        ms = 1e3 * np.array(found)
+        axes.axhline(usual, color="#999999", linewidth=1)
+        axes.plot(ms, ".", color=colour, markersize=4)
+        axes.vlines(range(len(ms)), usual, ms, color=colour, linewidth=0.8, alpha=0.5)
+        axes.set_yscale("log")
+        axes.set_ylim(0.8 * low, 1.25 * high)
+        axes.set_ylabel("ms")
+        axes.set_title(name, loc="left", fontsize="medium")
+        axes.grid(axis="y", alpha=0.3)
+    panels[-1].set_xlabel("training step")
+    figure.suptitle(f"Time of a step: {title} (grey: median of the base)")
+    figure.set_layout_engine("constrained")
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("convergence")
+    one.add_argument("--configs", default="patch_autoencoder,digits_mlp,char_lm")
+    one.add_argument("--seeds", type=int, default=3)
+    one.set_defaults(run=convergence)
+    for function in (times, totals, flops):
+        one = commands.add_parser(function.__name__)
+        one.add_argument("--config", default="char_lm")
+        one.add_argument("--batch-size", type=int, default=64)
+        one.add_argument("--num-largest", type=int, default=16)
+        one.add_argument("--period", type=int, default=200)
+        one.add_argument("--steps", type=int, default=300)
+        one.set_defaults(run=function)
+        if function is times:
+            one.add_argument("--out", type=pathlib.Path, default=ROOT / "modes.png")
+        if function is totals:
+            one.set_defaults(steps=500)
+            one.add_argument("--periods", default="50,100,200")
+            one.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
