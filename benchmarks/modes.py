@@ -32,9 +32,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -44,6 +41,8 @@ from dho2_jax.app import placement
 from dho2_jax.app.experiment import Experiment
 from dho2_jax.app.programs import Programs, build_programs
 from dho2_jax.app.train import stepper
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).resolve().parent
 MODES: dict[str, tuple[str, ...]] = {
@@ -248,7 +247,7 @@ def _total(run: _Run, steps: int) -> float:
 
 
 def _sizes(options: argparse.Namespace) -> list[str]:
-    """Returns the sizes of `times` and `totals`: an eighth of the batch for curvature."""
+    """Returns the sizes of all but `convergence`: an eighth of the batch for V."""
     return [
         f"batch_size={options.batch_size}",
         f"curvature_batch_size={options.batch_size // 8}",

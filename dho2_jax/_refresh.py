@@ -22,6 +22,7 @@ from dho2_jax._schedule import is_due
 from dho2_jax._state import (
     Anchor,
     CurvatureState,
+    SweepState,
     drift,
     is_active,
     layout_of_state,
@@ -47,7 +48,7 @@ def refresh(
     V_{old}^\top u$ for the momentum. A refresh that is not finite, not orthonormal, not
     self-consistent or finds nothing is rejected: the old subspace stays, and `metrics`
     counts it. With a curvature-set rate that `update` could not probe, it is probed
-    here.
+    here. A staggered sweep that is under way is given up.
 
     Args:
       state: Any nest of Optax states that holds one DHO² state.
@@ -85,7 +86,7 @@ def maybe_refresh(
     if config.max_drift is not None:
         # Not at once again where the last one was rejected.
         rested = state.count - state.counters.attempted_at >= config.num_matvecs
-        due |= rested & (drift(state) > config.max_drift)
+        due |= rested & (since > 0) & (drift(state) > config.max_drift)
     part = tuple(jnp.asarray(x) for x in jax.tree.leaves(params))
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
@@ -209,7 +210,15 @@ def install(
         ),
         anchor=choose(anchor, state.anchor),
         rate=None if rate is None else choose(rate._replace(direction=direction), rate),
+        sweep=None if state.sweep is None else _given_up(state.sweep),
     )
+
+
+def _given_up(sweep: SweepState) -> SweepState:
+    """Returns no sweep under way: it is at its end, or what it finds is outdated."""
+    run = sweep.lanczos
+    none = jnp.full_like(run.index, run.betas.shape[0] + 1)
+    return sweep._replace(lanczos=run._replace(index=none))
 
 
 def attempts(state: CurvatureState) -> Array:

@@ -209,13 +209,17 @@ def constrain(x: Array, mesh: Mesh, spec: P) -> Array:
 
 
 def read_specs(
-    params: PyTree, mesh: Mesh, param_specs: tuple[Any, tuple[Any, ...]] | None
+    params: PyTree,
+    mesh: Mesh,
+    param_specs: tuple[Any, tuple[Any, ...]] | None,
+    name: str = "param_specs",
 ) -> tuple[P, ...]:
     """Returns the partitioning of each parameter.
 
     From `param_specs` (the flattened tree, or prefix of one, of `PartitionSpec`s or
     None) when it is given; else from Explicit axis types, or from the sharding of
-    concrete arrays and `ShapeDtypeStruct`s; else replicated.
+    concrete arrays and `ShapeDtypeStruct`s; else replicated. `name` is the argument's
+    in what is raised.
 
     Raises:
       ValueError: If a spec does not fit its parameter or the mesh, or a parameter lies
@@ -225,13 +229,13 @@ def read_specs(
     if param_specs is None:
         found = [_spec_of(x, mesh, path) for path, x in paths]
     else:
-        found = _broadcast(jax.tree.unflatten(*param_specs), params)
+        found = _broadcast(jax.tree.unflatten(*param_specs), params, name)
     for (path, x), spec in zip(paths, found, strict=True):
-        _check_spec(spec, tuple(x.shape), mesh, jax.tree_util.keystr(path))
+        _check_spec(spec, tuple(x.shape), mesh, jax.tree_util.keystr(path), name)
     return tuple(as_spec([axes_of(entry) for entry in spec]) for spec in found)
 
 
-def _broadcast(specs: PyTree, params: PyTree) -> list[P]:
+def _broadcast(specs: PyTree, params: PyTree, name: str) -> list[P]:
     def is_spec(x: Any) -> bool:
         return x is None or isinstance(x, P | NamedSharding)
 
@@ -243,7 +247,7 @@ def _broadcast(specs: PyTree, params: PyTree) -> list[P]:
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
         if not is_spec(spec):
             raise ValueError(
-                "`param_specs` must hold jax.sharding.PartitionSpecs, got "
+                f"`{name}` must hold jax.sharding.PartitionSpecs, got "
                 f"{type(spec).__name__}; use P() for a replicated parameter."
             )
     try:
@@ -251,7 +255,7 @@ def _broadcast(specs: PyTree, params: PyTree) -> list[P]:
     except ValueError as error:
         theirs = jax.tree.structure(specs, is_leaf=is_spec)
         raise ValueError(
-            f"`param_specs` must be a prefix of the parameters' tree, got {theirs} for "
+            f"`{name}` must be a prefix of the parameters' tree, got {theirs} for "
             f"{jax.tree.structure(params)}; give one spec for each parameter or "
             "subtree."
         ) from error
@@ -290,19 +294,19 @@ def check_not_explicit(params: PyTree) -> None:
             )
 
 
-def _check_spec(spec: P, shape: Shape, mesh: Mesh, path: str) -> None:
+def _check_spec(spec: P, shape: Shape, mesh: Mesh, path: str, name: str) -> None:
     where = f"at '{path}' of shape {shape}"
     axes = [a for entry in spec for a in axes_of(entry)]
     for axis in axes:
         if axis not in mesh.shape:
             raise ValueError(
-                f"`param_specs` must name axes of the mesh, {tuple(mesh.axis_names)}, "
+                f"`{name}` must name axes of the mesh, {tuple(mesh.axis_names)}, "
                 f"got '{axis}' {where}; correct the spec or the mesh."
             )
     split = [math.prod(mesh.shape[a] for a in axes_of(entry)) for entry in spec]
     fits = len(spec) <= len(shape) and len(set(axes)) == len(axes)
     if not fits or any(n % w for n, w in zip(shape, split, strict=False)):
         raise ValueError(
-            f"`param_specs` must divide each dimension evenly, got {spec} {where} on a "
+            f"`{name}` must divide each dimension evenly, got {spec} {where} on a "
             f"mesh {dict(mesh.shape)}; use P() where nothing fits."
         )

@@ -202,9 +202,12 @@ def _if_busy(busy: Array, make: Callable[..., Any], otherwise: Any, *args: Any) 
     the same, but in this program conditionals are what groups decide differently, and
     no collective may be in one.
     """
-    return lax.fori_loop(
-        0, busy.astype(jnp.int32), lambda _, __: make(*args), otherwise
-    )
+
+    def once(turn: Array, _: Any) -> Any:
+        # What does not depend on the turn the compiler would take out of the loop.
+        return make(*lax.optimization_barrier((turn, args))[1])
+
+    return lax.fori_loop(0, busy.astype(jnp.int32), once, otherwise)
 
 
 def _fixed_keys(args: Any, ours: CurvatureState) -> Any:

@@ -128,6 +128,7 @@ def join(
         # overshoot once it can.
         factor = _shortening(newton, momentum, seen, scale)
         newton, momentum = factor * newton, factor * momentum
+        newton = jnp.where(scale > 0, newton, 0.0)
 
     inside = scale * seen.overlap + newton
     if probe is None:
@@ -226,8 +227,7 @@ def _set_rate(
     rate = _pick(use & started, _rate.observe(rate, slope, comparable), rate)
 
     if probe is not None:
-        bend = probe.bend * _length_outside(seen)
-        first = _rate.first_scale(rate, slope_ahead, bend)
+        first = _rate.first_scale(rate, slope, probe.bend * rate.length)
         later = _rate.adjust(rate, probe.bend, rate.length, rates.cap)
         rate = _pick(probe.is_due, _pick(rate.probed == 0, first, later), rate)
     elif products is not None:
@@ -251,6 +251,10 @@ def _set_rate(
 
     rate = rate._replace(scale=jnp.minimum(rate.scale, rates.cap))
     scale = jnp.where(use, rate.scale, 1.0)
+    if probe is not None:
+        # The first step under the rule only measures: what it would be is known to the
+        # next, which can then ask for the curvature along it.
+        scale = jnp.where(use & ~started, 0.0, scale)
     return scale, rate._replace(
         steps=rate.steps + use.astype(jnp.int32),
         direction=steps,

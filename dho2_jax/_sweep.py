@@ -197,11 +197,7 @@ def _finish(state: CurvatureState, part: list[Array]) -> CurvatureState:
     """Puts a complete sweep to use, or rejects it."""
     sweep, config = _sweep_of(state), state.config
     found = refreshing.read_out(config, layout_of_state(state), sweep.lanczos)
-    state = refreshing.install(state, found, sweep.start, refreshing.rounding(part))
-    run = sweep.lanczos
-    return state._replace(
-        sweep=sweep._replace(lanczos=run._replace(index=run.index + 1))
-    )
+    return refreshing.install(state, found, sweep.start, refreshing.rounding(part))
 
 
 def _step(

@@ -20,12 +20,12 @@ EVERYTHING = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"types"},
     {"linalg", "sharding", "axes"},
-    {"curvature", "lanczos", "spectrum", "layout"},
+    {"transfer", "curvature", "lanczos", "spectrum", "layout"},
     {"slices", "subspace", "rate", "config"},
-    {"state", "schedule"},
+    {"state", "schedule", "submesh"},
     {"base", "products", "metrics"},
     {"refresh", "specs"},
-    {"step", "sweep"},
+    {"step", "sweep", "overlap"},
     {"transform", "stagger"},
     {"alias"},
 )

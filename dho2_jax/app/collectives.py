@@ -59,7 +59,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d\w*)\[([\d,<= ]*)\]")
 _GROUPS = re.compile(
     r"\b(?:replica_groups|source_target_pairs)="
     r"(\{\{.*?\}\}|\{[^}]*\}|\[[^\]]*\]<=\[[^\]]*\](?:T\([^)]*\))?"
-    r"|mesh\[[^\]]*\]\s*\{[^}]*\})"
+    r"|mesh\[[^\]]*\](?:,\s*device_ids=\([^{]*\))?\s*\{[^}]*\})"
 )
 
 

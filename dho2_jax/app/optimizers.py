@@ -43,6 +43,7 @@ class Optimizer(NamedTuple):
     refresh_at: Callable[[int], bool] | None = None  # steps at which the loop refreshes
     sweep_of: Callable[[int], int] | None = None  # the staggered sweep of a step
     stagger_axis: str = ""  # the mesh axis along which sweeps are staggered too
+    launch_at: Callable[[int], bool] | None = None  # steps at which it launches one
     curvature_mesh: Any = None  # devices that refresh while the others train
     land_after: int = 0  # steps from such a refresh's launch to its use
 
@@ -169,24 +170,38 @@ def build_dho2(
     }
     if mesh is not None:
         arguments |= {"mesh": mesh, "param_specs": param_specs}
+    beside = fields.refresh == "staggered" or curvature_mesh is not None
+    if fields.refresh == "staggered":
+        # The first ones are the loop's, at once.
+        arguments["warmup_steps"] = fields.warmup_steps + fields.refresh_period
+        arguments["early_refreshes"] = ()
     try:
         transform = dho2_jax.dho2(
             base, rate_schedule=outside(1.0, config.steps), **arguments
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"config.optimizer: {error}") from error
-    schedule_of = {
-        "refresh_period": fields.refresh_period,
-        "warmup_steps": fields.warmup_steps,
-        "early_refreshes": tuple(fields.early_refreshes),
-    }
-    refresh_at = sweep_of = None
-    if fields.refresh == "external":
-        refresh_at = functools.partial(dho2_jax.should_refresh, **schedule_of)
-    if fields.refresh == "staggered":
-        sweep_of = functools.partial(
-            dho2_jax.sweep_index, num_matvecs=_num_matvecs(fields), **schedule_of
+    first, period = fields.warmup_steps, fields.refresh_period
+    early = tuple(fields.early_refreshes)
+    refresh_at = launch_at = sweep_of = None
+    if beside:
+        # Nothing would be known of the curvature until the first one is through, and in
+        # the beginning it changes faster than a slow one follows.
+        at_once = {first + step for step in (0, *early)}
+        refresh_at = at_once.__contains__
+    elif fields.refresh == "external":
+        refresh_at = functools.partial(
+            dho2_jax.should_refresh,
+            refresh_period=period,
+            warmup_steps=first,
+            early_refreshes=early,
         )
+    later = {"refresh_period": period, "warmup_steps": first + period}
+    if fields.refresh == "staggered":
+        m = fields.num_matvecs or fields.num_largest + fields.num_smallest + 4
+        sweep_of = functools.partial(dho2_jax.sweep_index, num_matvecs=m, **later)
+    elif beside:
+        launch_at = functools.partial(dho2_jax.should_refresh, **later)
     return Optimizer(
         "dho2",
         f"DHO² ({BASES[fields.base][0]})",
@@ -195,13 +210,9 @@ def build_dho2(
         gauss_newton=fields.curvature == "ggn",
         curvature=fields.curvature,
         refresh_at=refresh_at,
+        launch_at=launch_at,
         sweep_of=sweep_of,
         stagger_axis=config.stagger_axis,
         curvature_mesh=curvature_mesh,
         land_after=config.land_after or max(1, fields.refresh_period // 4),
     )
-
-
-def _num_matvecs(fields: Config) -> int:
-    """Returns m as dho2 fills it in."""
-    return fields.num_matvecs or fields.num_largest + fields.num_smallest + 4

@@ -134,7 +134,6 @@ def build_programs(
     if optimizer.sweep_of is not None:
         part = jax.eval_shape(take_part, task.dataset.batch_spec)
         arguments += (placement.abstract(part, part_sharding),)
-    inline = optimizer.refresh_at is not None and optimizer.curvature_mesh is None
     return Blueprints(
         Blueprint(jax.jit(start, out_shardings=pair), (seed,)),
         Blueprint(
@@ -145,7 +144,7 @@ def build_programs(
             jax.jit(refresh, out_shardings=state_shardings, donate_argnums=0),
             (state, params, batch),
         )
-        if inline
+        if optimizer.refresh_at is not None
         else None,
         Blueprint(jax.jit(take_part, out_shardings=part_sharding), (batch,))
         if optimizer.sweep_of is not None

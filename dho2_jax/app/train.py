@@ -143,33 +143,31 @@ def stepper(
       `advance(step, params, state) -> (params, state, loss)`. Steps count from 0 and
       follow each other; the host waits for no device.
     """
-    refresh_at, sweep_of = optimizer.refresh_at, optimizer.sweep_of
-    part, sweep = None, None  # a sweep's curvature batch, and which sweep it is
+    refresh_at, launch_at = optimizer.refresh_at, optimizer.launch_at
+    sweep_of, overlap = optimizer.sweep_of, programs.overlap
+    part, sweep = (), None  # a sweep's curvature batch, and which sweep it is
     pending, due = None, None  # a refresh under way elsewhere, and when it lands
 
     def advance(step: int, params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
         nonlocal part, sweep, pending, due
         on_host = task.dataset.train_batch(seed, step)
         batch = programs.place(on_host)
-        if sweep_of is not None and programs.take_part is not None:
-            if part is None or sweep_of(step) != sweep:
+        if programs.refresh is not None and refresh_at is not None and refresh_at(step):
+            state = programs.refresh(state, params, batch)
+        if overlap is not None and step == due:
+            state, pending = overlap.land(state, pending), None
+        if overlap is not None and launch_at is not None and launch_at(step):
+            pending = overlap.launch(state, params, on_host)
+            due = step + optimizer.land_after
+        if programs.take_part is not None and sweep_of is not None:
+            if not part or sweep_of(step) != sweep:
                 # That of its first step, also where a run is resumed in mid-sweep.
                 sweep, first = sweep_of(step), step
                 while first > 0 and sweep_of(first - 1) == sweep:
                     first -= 1
-                batch_then = task.dataset.train_batch(seed, first)
-                part = programs.take_part(programs.place(batch_then))
-            return programs.step(params, state, batch, part)
-        if programs.overlap is not None and step == due:
-            state = programs.overlap.land(state, pending)
-            pending, due = None, None
-        if refresh_at is not None and refresh_at(step):
-            if programs.refresh is not None:
-                state = programs.refresh(state, params, batch)
-            elif programs.overlap is not None and pending is None:
-                pending = programs.overlap.launch(state, params, on_host)
-                due = step + optimizer.land_after
-        return programs.step(params, state, batch)
+                then = task.dataset.train_batch(seed, first)
+                part = (programs.take_part(programs.place(then)),)
+        return programs.step(params, state, batch, *part)
 
     return advance
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two meshes for one state: what its vectors and the caller's arrays are on another."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dho2_jax import _layout as layouts
+from dho2_jax import _sharding as sharding
+from dho2_jax import _slices as slices
+from dho2_jax._config import Config
+from dho2_jax._layout import Layout, Packed
+from dho2_jax._types import Array, PyTree
+
+
+def abstract(tree: PyTree, layout: Layout) -> PyTree:
+    """Returns shapes with shardings: slices of vectors, all else replicated."""
+    place = layout.placement
+    assert place is not None and place.mesh is not None
+    mesh = place.mesh
+
+    def shape(x: Array, spec: P) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(shape, tree, slices.specs_of(tree))
+
+
+def laid_out(tree: PyTree, mesh: Mesh, specs: Any, name: str) -> PyTree:
+    """Returns the shapes of a tree, with the shardings that `specs` gives them."""
+
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, P | NamedSharding)
+
+    def shape(x: Any, spec: P) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where)
+
+    flat, prefix = jax.tree.flatten(specs, is_leaf=is_spec)
+    shapes = jax.tree.map(lambda x: shape(x, P()), tree)
+    found = sharding.read_specs(shapes, mesh, (prefix, tuple(flat)), name)
+    leaves = map(shape, jax.tree.leaves(tree), found)
+    return jax.tree.unflatten(jax.tree.structure(tree), list(leaves))
+
+
+def layout_on(mesh: Mesh, layout: Layout, params: PyTree) -> Layout:
+    """Returns the layout on another mesh, where the parameters lie as they say."""
+    part, _ = layouts.restrict(params, layout)
+    specs = [x.sharding.spec for x in part]
+    place = sharding.place_on_mesh(mesh, specs, layout.groups, layout.stored)
+    return dataclasses.replace(layout, placement=place)
+
+
+def with_layout(tree: PyTree, layout: Layout) -> PyTree:
+    def visit(x: Any) -> Any:
+        return Packed(x.leaves, layout) if isinstance(x, Packed) else x
+
+    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
+
+
+def check_disjoint(config: Config, mesh: Mesh) -> None:
+    """Raises unless the two meshes can share the work."""
+    if config.mesh is None or config.refresh != "external":
+        how = "axis_name=" if config.axis_name else f"mesh={config.mesh}"
+        raise ValueError(
+            "`state` must come from dho2(refresh='external', mesh=...), got "
+            f"refresh='{config.refresh}' and {how}; make dho2 so."
+        )
+    shared = set(mesh.devices.flat) & set(config.mesh.devices.flat)
+    if shared:
+        raise ValueError(
+            "`mesh` must share no device with the mesh of dho2, got "
+            f"{min(shared, key=lambda d: d.id)} in both; split jax.devices() in two."
+        )
+    ours, theirs = (
+        Counter(d.process_index for d in m.devices.flat) for m in (mesh, config.mesh)
+    )
+    if set(ours) != set(theirs) or len(set(ours.values())) > 1:
+        raise ValueError(
+            "`mesh` must have the same number of devices from every process that "
+            f"trains, got {dict(sorted(ours.items()))} by process for "
+            f"{dict(sorted(theirs.items()))} on the mesh of dho2; take as many of each "
+            "process's jax.local_devices()."
+        )
