@@ -43,9 +43,8 @@ from matplotlib.figure import Figure
 
 from dho2_jax.app import experiment as experiments
 from dho2_jax.app import measure as measuring
-from dho2_jax.app import placement
 from dho2_jax.app.experiment import Experiment
-from dho2_jax.app.programs import Programs, build_programs
+from dho2_jax.app.programs import Programs
 from dho2_jax.app.train import stepper
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -187,48 +186,58 @@ def totals(options: argparse.Namespace) -> None:
 
 
 def flops(options: argparse.Namespace) -> None:
-    """Prints what the busiest device computes in a step, in units of a gradient."""
+    """Prints what the busiest device computes in a step, in units of a gradient.
+
+    From the compiler's count for a gradient and a product; the steps are sums of these.
+    The Newton step's own passes over V are a matter of bytes, and not counted.
+    """
     experiment = build(options.config, "across an axis", *_sizes(options))
-    mesh, config = experiment.mesh, experiment.config
-    assert mesh is not None
+    task, config, devices = experiment.task, experiment.config, options.devices
     batch = config.batch_size
-    part = placement.curvature_batch_size(config, mesh)
-    base = build_programs(experiment.task, experiment.base, part, mesh, None)
 
     def of(examples: int, function: Callable[..., Any]) -> float:
         """FLOPs of a function of the parameters and this many examples."""
-        params = jax.eval_shape(experiment.task.init, 0)
-        spec = experiment.task.dataset.batch_spec
+        params = jax.eval_shape(task.init, 0)
         some = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype), spec
+            lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype),
+            task.dataset.batch_spec,
         )
         cost = jax.jit(function).lower(params, some).compile().cost_analysis()
         return float((cost or {})["flops"])
 
-    loss = experiment.task.loss_fn
-
     def product(params, some):
-        return measuring.PRODUCTS["hessian"](lambda p: loss(p, some), params)(params)
+        loss = task.value_fn(some, gauss_newton=False)
+        return measuring.PRODUCTS["hessian"](loss, params)(params)
 
-    one = of(batch // mesh.size, jax.value_and_grad(loss))
-    whole = of(part, product) / one
-    shared = of(max(1, part // mesh.size), product) / one
+    own, group = batch // devices, batch // options.groups
+    one = of(own, jax.value_and_grad(task.loss_fn))
+    each = of(own, product) / one  # a product on as many examples
+    part = batch // 8
     m, period = _matvecs(experiment), config.optimizer.refresh_period
-    busy = (m + 1) / period
-    half = of(batch // (mesh.size // 2), jax.value_and_grad(loss)) / one
+    busy, shared = (m + 1) / period, each * part / batch
+    balanced = max(1, int(group / each))
     rows = [
         ("base", 1.0, 1.0),
         ("periodic", 1 + busy * shared, 1 + (m + 1) * shared),
         ("staggered", 1 + busy * shared, 1 + shared),
-        ("across an axis", 1 + busy * max(0.0, whole - 1), max(1.0, whole)),
-        ("overlapped", half, half),
     ]
-    del base
-    print(f"gradient on {batch // mesh.size} examples: {one:.3g} FLOPs = 1")
+    for examples in (part, balanced):
+        longest = max(1.0, each * examples / group)
+        name = f"across {options.groups} groups, product on {examples} examples"
+        rows.append((name, 1 + busy * (longest - 1), longest))
+    more = devices / (devices - 1)
+    rows.append((f"overlapped, 1 of {devices} apart", more, more))
+    print(f"{options.config}: a gradient on the {own} examples of a device, {one:.3g}")
+    print(
+        f"FLOPs, is 1; a product on as many is {each:.2f}; on an eighth of the batch,"
+    )
+    print(f"divided over all devices, {shared:.3f}. m = {m}, T = {period}.")
     print("| mode | mean of a period | longest step |")
     print("|---|---|---|")
     for name, mean, longest in rows:
         print(f"| {name} | {mean:.3f} | {longest:.2f} |")
+    apart = (m + 1) * each * part / own
+    print(f"The device apart computes {apart:.0f} in {period} steps.")
 
 
 class _Run:
@@ -340,6 +349,9 @@ def main() -> None:
         one.set_defaults(run=function)
         if function is times:
             one.add_argument("--out", type=pathlib.Path, default=ROOT / "modes.png")
+        if function is flops:
+            one.add_argument("--devices", type=int, default=8)
+            one.add_argument("--groups", type=int, default=8)
         if function is totals:
             one.set_defaults(steps=500)
             one.add_argument("--periods", default="50,100,200")

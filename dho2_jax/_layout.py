@@ -98,6 +98,15 @@ class Flat:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 
+def with_layout(tree: PyTree, layout: Layout) -> PyTree:
+    """Returns `tree` with another layout for every vector in stored form."""
+
+    def visit(x: Any) -> Any:
+        return Packed(x.leaves, layout) if isinstance(x, Packed) else x
+
+    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
+
+
 def layout_of(params: PyTree) -> Layout:
     """Returns the layout of a pytree of arrays or `ShapeDtypeStruct`s."""
     leaves, treedef = jax.tree.flatten(params)

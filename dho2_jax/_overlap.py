@@ -150,7 +150,7 @@ def overlapped_refresh(
         try:
             routes = _routes(ours, far)
             params, batch = transfer.move((params, batch), given)
-            question = submesh.with_layout(noted.question, far)
+            question = layouts.with_layout(noted.question, far)
             question = transfer.move(question, submesh.abstract(question, far))
         except transfer.NotLocalError as error:
             raise ValueError(
@@ -194,7 +194,9 @@ def _note(ours: CurvatureState) -> _Noted:
     unprobed, direction = jnp.zeros((), bool), None
     if rate is not None:
         unprobed = _is_unprobed(rate)
-        direction = _off(layout, rate.direction, ours.subspace, is_active(ours))
+        direction = refreshing.outside(
+            layout, rate.direction, ours.subspace, is_active(ours)
+        )
     enabled, count, anchor = jax.tree.map(
         jnp.copy, (ours.enabled, ours.count, ours.anchor)
     )
@@ -242,7 +244,7 @@ def _probed(
         active &= found.eigenvalues > 0
 
     def measure(direction: Packed) -> tuple[Array, Array]:
-        return products.bend(_off(layout, direction, found, active))
+        return products.bend(refreshing.outside(layout, direction, found, active))
 
     return jax.lax.cond(
         question.unprobed, measure, lambda _: nothing, question.direction
@@ -279,19 +281,6 @@ def _is_unprobed(rate: _rate.RateState) -> Array:
     return rate.slope_count >= 2 * _rate.PROBE_PERIOD
 
 
-def _off(
-    layout: Layout, x: Packed, subspace: subspaces.Subspace, active: Array
-) -> Packed:
-    """Returns what of a vector is off a subspace."""
-    return slices.on_slices(
-        layout,
-        lambda inner, x, rows, on: subspaces.project_out(x, rows, on, inner),
-        x,
-        subspace.eigenvectors,
-        active,
-    )
-
-
 # --- where everything lies -----------------------------------------------------------
 
 
@@ -304,7 +293,7 @@ def _answer(ours: CurvatureState) -> _Result:
 def _routes(ours: CurvatureState, far: Layout) -> tuple[transfer.Route, ...]:
     """Returns the way back of each array of a `_Result`."""
     answer = _answer(ours)
-    there = jax.tree.leaves(submesh.abstract(submesh.with_layout(answer, far), far))
+    there = jax.tree.leaves(submesh.abstract(layouts.with_layout(answer, far), far))
     here = jax.tree.leaves(submesh.abstract(answer, layout_of_state(ours)))
     pairs = zip(there, here, strict=True)
     return tuple(transfer.route(a.shape, a.sharding, b.sharding) for a, b in pairs)

@@ -221,6 +221,22 @@ def _given_up(sweep: SweepState) -> SweepState:
     return sweep._replace(lanczos=run._replace(index=none))
 
 
+def outside(
+    layout: layouts.Layout,
+    x: layouts.Packed,
+    subspace: subspaces.Subspace,
+    active: Array,
+) -> layouts.Packed:
+    """Returns what of a vector is off a subspace."""
+    return slices.on_slices(
+        layout,
+        lambda inner, x, rows, on: subspaces.project_out(x, rows, on, inner),
+        x,
+        subspace.eigenvectors,
+        active,
+    )
+
+
 def attempts(state: CurvatureState) -> Array:
     """Returns the number of refreshes so far, rejected ones included."""
     return state.counters.refreshes + state.counters.rejected
@@ -271,13 +287,8 @@ def _probe_if_unprobed(state: CurvatureState, products: Products) -> _rate.RateS
     assert rate is not None
 
     def measure(rate: _rate.RateState) -> _rate.RateState:
-        along = slices.on_slices(
-            layout_of_state(state),
-            lambda inner, d, rows, on: subspaces.project_out(d, rows, on, inner),
-            rate.direction,
-            state.subspace.eigenvectors,
-            is_active(state),
-        )
+        layout, active = layout_of_state(state), is_active(state)
+        along = outside(layout, rate.direction, state.subspace, active)
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
         return _rate.adjust(rate, *products.bend(along), unlimited)
 

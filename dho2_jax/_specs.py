@@ -117,9 +117,9 @@ def _specs(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
     def visit(node: Any, marked: Any) -> Any:
         if not is_ours(node):
             return bases.specs(marked, known)
-        curvature = slices.specs_of(_with_layout(node.curvature, layout))
+        curvature = slices.specs_of(layouts.with_layout(node.curvature, layout))
         if config.mesh is None:
-            curvature = _with_layout(curvature, layout_of_state(node.curvature))
+            curvature = layouts.with_layout(curvature, layout_of_state(node.curvature))
         base_state = bases.specs(marked.base_state, tuple(seen.values()))
         return DHO2State(base_state, curvature)
 
@@ -152,14 +152,6 @@ def _numbers(everything: layouts.Layout, layout: layouts.Layout) -> list[int]:
         jax.tree.unflatten(everything.treedef, stand_ins), layout
     )
     return [number[id(x)] for x in part]
-
-
-def _with_layout(tree: PyTree, layout: layouts.Layout) -> PyTree:
-    def visit(x: Any) -> Any:
-        is_packed = isinstance(x, layouts.Packed)
-        return layouts.Packed(x.leaves, layout) if is_packed else x
-
-    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, layouts.Packed))
 
 
 def _mesh_of(params: Params) -> Mesh:

@@ -14,7 +14,7 @@ from dho2_jax import _layout as layouts
 from dho2_jax import _sharding as sharding
 from dho2_jax import _slices as slices
 from dho2_jax._config import Config
-from dho2_jax._layout import Layout, Packed
+from dho2_jax._layout import Layout
 from dho2_jax._types import Array, PyTree
 
 
@@ -54,13 +54,6 @@ def layout_on(mesh: Mesh, layout: Layout, params: PyTree) -> Layout:
     specs = [x.sharding.spec for x in part]
     place = sharding.place_on_mesh(mesh, specs, layout.groups, layout.stored)
     return dataclasses.replace(layout, placement=place)
-
-
-def with_layout(tree: PyTree, layout: Layout) -> PyTree:
-    def visit(x: Any) -> Any:
-        return Packed(x.leaves, layout) if isinstance(x, Packed) else x
-
-    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
 
 
 def check_disjoint(config: Config, mesh: Mesh) -> None:

@@ -1,0 +1,699 @@
+"""Staggered across a mesh axis: who computes what, and what comes of it.
+
+Run as a program, with a topology and a directory, this file compiles the same programs
+for a TPU: libtpu belongs into a process of its own.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import FAST
+from helpers import flat_rows, jit, up_to_sign
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded_cases import (
+    EXPLICIT,
+    Layout,
+    assert_unused_untouched,
+    batch,
+    gathered,
+    loss,
+    make_mesh,
+    on_mesh,
+    parameters,
+    specs_of,
+)
+
+import dho2_jax
+from dho2_jax.app import collectives, topology
+
+LEAVES = ("scalar", "tall", "wide")
+OPTIONS = {
+    "num_largest": 2,
+    "num_smallest": 1,
+    "num_matvecs": 6,
+    "refresh_period": 11,
+}
+STEPS = 22
+TALL_AND_WIDE = {"tall": P("fsdp"), "wide": P(None, "fsdp")}
+LAYOUTS = {
+    "replicated": Layout((8,), ("data",)),
+    "fsdp": Layout((4, 2), ("data", "fsdp"), specs=TALL_AND_WIDE),
+    "explicit": Layout((4, 2), ("data", "fsdp"), EXPLICIT, TALL_AND_WIDE),
+    "over_both": Layout(
+        (2, 4),
+        ("fsdp", "data"),
+        specs={"tall": P(("fsdp", "data")), "wide": P(None, "data")},
+    ),
+    "six": Layout((3, 2), ("data", "fsdp")),  # nothing splits into three
+    "over_itself": Layout((8,), ("data",), specs={"tall": P("data")}),
+}
+
+
+def curvature_batch(index):
+    """Eight examples, others in each sweep."""
+    return jax.tree.map(lambda x: jnp.roll(x, 8 * index, 0)[:8], batch())
+
+
+class Staggered:
+    """The compiled step of the problem on a layout."""
+
+    def __init__(self, layout):
+        mesh, specs = make_mesh(layout), specs_of(layout, LEAVES)
+        self.mesh, self.traces = mesh, 0
+        self.params = on_mesh(parameters(LEAVES), mesh, specs)
+        self.batch = on_mesh(batch(), mesh, P(layout.axes))
+        self.explicit = layout.kind == EXPLICIT
+        whole = gathered if self.explicit else lambda params: params
+        where = {"mesh": mesh}
+        if layout.specs and not self.explicit:
+            where["param_specs"] = specs
+        options = OPTIONS | {"refresh": "staggered"} | where
+        self.tx = dho2_jax.dho2(optax.adam(1e-2, eps=1e-3), **options)
+        self.svag = dho2_jax.staggered_value_and_grad(
+            lambda params, batch: loss(whole(params), batch),
+            mesh=mesh,
+            stagger_axis="data",
+        )
+        self.init = jax.jit(self.tx.init, compiler_options=FAST)
+        self.step = jax.jit(self._step, compiler_options=FAST)
+        rest = tuple(axis for axis in layout.axes if axis != "data")
+        self.around = on_mesh(curvature_batch(0), mesh, P(rest) if rest else P())
+
+    def within(self):
+        return jax.set_mesh(self.mesh) if self.explicit else contextlib.nullcontext()
+
+    def _step(self, params, state, batch, curvature_batch):
+        self.traces += 1
+        with jax.named_scope("svag"):
+            value, grads, product = self.svag(params, batch, curvature_batch, state)
+        updates, state = self.tx.update(grads, state, params, product=product)
+        made = [jnp.any(x != 0) for x in product.vector.leaves]
+        busy = jnp.any(jnp.stack(made))
+        return optax.apply_updates(params, updates), state, value, grads, busy
+
+    def run(self):
+        """`(seen, state)`: values, gradients, parameters and `busy` of each step."""
+        seen = []
+        with self.within():
+            params, state = self.params, self.init(self.params)
+            for i in range(STEPS):
+                index = dho2_jax.sweep_index(i, OPTIONS["refresh_period"])
+                around = jax.tree.map(
+                    lambda x, like: jax.device_put(x, like.sharding),
+                    curvature_batch(index),
+                    self.around,
+                )
+                before = params
+                params, state, *found = self.step(params, state, self.batch, around)
+                seen.append(jax.device_get((before, *found)))
+        return seen, params, state
+
+
+@functools.cache
+def slopes_of_groups(groups):
+    """A function: the loss and gradient of each group's part, on one device."""
+    parts = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), batch())
+    one = jax.value_and_grad(loss)
+    return jit(lambda params: jax.vmap(one, (None, 0))(params, parts))
+
+
+def assert_means(found, of_groups, used):
+    """`found` is the mean over the groups that are used, and no other."""
+    noticed = []
+    for x, each in zip(jax.tree.leaves(found), jax.tree.leaves(of_groups), strict=True):
+        each, size = np.asarray(each, np.float64), np.max(np.abs(each))
+        mean = np.mean(each[used], axis=0)
+        np.testing.assert_allclose(x, mean, rtol=0, atol=2e-6 * size)
+        noticed.append(np.max(np.abs(np.mean(each, axis=0) - mean)) > 1e-5 * size)
+    assert len(used) == len(each) or any(noticed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_who_computes_what_and_what_comes_of_it(layout):
+    """One test a layout, so that parallel processes do not compile a program twice."""
+    program = Staggered(LAYOUTS[layout])
+    seen, params, state = program.run()
+    groups = program.mesh.shape["data"]
+    left_out = []
+    for i, (before, value, grads, busy) in enumerate(seen):
+        if busy:
+            left_out.append(i % groups)
+        used = [r for r in range(groups) if not busy or r != i % groups]
+        assert_means((value, grads), slopes_of_groups(groups)(before), used)
+    assert set(left_out) == set(range(groups))  # each takes its turn
+    rows = {*range(1, 8)} | {*range(12, 19)}
+    busy = {i for i, one in enumerate(seen) if one[3]}
+    assert rows - {13} <= busy  # or one step later, after a probe
+    assert not busy & {0, 8} and len(busy) < STEPS - 3
+    assert_unused_untouched(params)
+    assert program.traces == program.step._cache_size() == 1
+
+    metrics = dho2_jax.metrics(state)
+    assert (int(metrics["refreshes"]), int(metrics["rejected"])) == (2, 0)
+    assert int(metrics["age"]) == 11
+    expected = refreshed([(seen[i][0], curvature_batch(i // 11)) for i in (0, 11)])
+    assert_same_subspace(state, expected)
+
+
+def refreshed(points):
+    external = OPTIONS | {"refresh": "external"}
+    state = dho2_jax.dho2(optax.sgd(0.1), **external).init(points[0][0])
+    for point in points:
+        state = _refresh()(state, *point)
+    return state
+
+
+@functools.cache
+def _refresh():
+    return jit(
+        lambda state, params, batch: dho2_jax.refresh(
+            state, params, lambda p: loss(p, batch)
+        )
+    )
+
+
+def assert_same_subspace(state, expected, tolerance=(2e-6, 1e-3)):
+    found, other = dho2_jax.subspace(state), dho2_jax.subspace(expected)
+    values = np.asarray(other.eigenvalues)
+    atol = tolerance[0] * np.max(np.abs(values))
+    np.testing.assert_allclose(found.eigenvalues, values, rtol=0, atol=atol)
+    rows = (flat_rows(x.eigenvectors) for x in (found, other))
+    assert up_to_sign(*rows) < tolerance[1]
+
+
+# --- losses of every kind ----------------------------------------------------------
+
+FOUR, FOUR_BY_ONE = Layout((4,), ("data",)), Layout((4, 1), ("data", "one"))
+SMALL = {
+    "num_largest": 2,
+    "num_matvecs": 4,
+    "refresh_period": 30,
+    "base_rate": "fixed",
+}
+INPUTS, TARGETS = np.random.default_rng(1).standard_normal((2, 16, 4)).astype("float32")
+TARGETS = TARGETS[:, :2]
+
+
+def outputs_fn(params, batch, *_):
+    hidden = jnp.tanh(batch["x"] @ params["w"] + params["b"])
+    outputs = hidden @ params["head"]["w"] + params["head"]["b"]
+    return outputs.astype(jnp.float32)
+
+
+def output_loss(outputs, batch, *_):
+    return jnp.mean((outputs - batch["y"]) ** 2)
+
+
+def network(params, batch, *_):
+    return output_loss(outputs_fn(params, batch), batch)
+
+
+def with_outputs(params, batch, *_):
+    """Auxiliary outputs of every type; the integer is another in each group."""
+    outputs = outputs_fn(params, batch)
+    aux = {
+        "hits": jnp.sum(batch["x"][:, 0] > 0),
+        "flag": batch["x"][0, 0] > 0,
+        "half": jnp.mean(outputs, 0).astype(jnp.bfloat16),
+        "none": None,
+    }
+    return output_loss(outputs, batch), aux
+
+
+def dropped(params, batch, key, options):
+    """Dropout: another function of the parameters with every key."""
+    kept = jax.random.bernoulli(key, 0.5, params["w"].shape[1:])
+    hidden = jnp.tanh(batch["x"] @ params["w"] + params["b"]) * kept
+    outputs = hidden @ params["head"]["w"] + params["head"]["b"]
+    return output_loss(options["scale"] * outputs, batch)
+
+
+def transposed(params, batch, *_):
+    return network(params, {"x": batch["x"].T * batch["table"], "y": batch["y"]})
+
+
+def parts_of(batch, groups, dims):
+    """The batch of each group."""
+    return [
+        {
+            name: x if dims[name] is None else np.split(x, groups, dims[name])[r]
+            for name, x in batch.items()
+        }
+        for r in range(groups)
+    ]
+
+
+def loop(loss_fn, steps, whole, args=lambda i: (), dtype="float32", wrap=None, **kind):
+    """Trains with svag on four groups: `(seen, params, state)` as above."""
+    mesh = make_mesh(FOUR)
+    curvature = kind.get("curvature", "hessian")
+    options = SMALL | {"refresh": "staggered", "mesh": mesh, "curvature": curvature}
+    tx = dho2_jax.dho2(optax.adam(0.02), **options)
+    tx = wrap(tx) if wrap else tx
+    svag = dho2_jax.staggered_value_and_grad(
+        loss_fn, mesh=mesh, stagger_axis="data", **kind
+    )
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def step(params, state, batch, curvature_batch, args):
+        value, grads, product = svag(params, batch, curvature_batch, state, *args)
+        updates, state = tx.update(grads, state, params, product=product)
+        return optax.apply_updates(params, updates), state, value, grads
+
+    params = on_mesh(cases.parameters(dtype), mesh, P())
+    state, seen = jax.jit(tx.init)(params), []
+    for i in range(steps):
+        before = params
+        params, state, *found = step(params, state, whole, whole, args(i))
+        seen.append(jax.device_get((before, *found)))
+    assert step._cache_size() == 1
+    return seen, params, state
+
+
+BATCH = {"x": INPUTS, "y": TARGETS}
+ROWS = {"x": 0, "y": 0}
+SWEPT = range(1, 6)  # the steps that make a product: m + 1 of them
+
+
+def assert_gradients(seen, loss_fn, parts, args=lambda i: (), has_aux=False):
+    one = jit(jax.value_and_grad(loss_fn, has_aux=has_aux))
+    for i in (0, 1, 3, 6):
+        before, *found = seen[i]
+        each = [jax.device_get(one(before, part, *args(i))) for part in parts]
+        each = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *each)
+        used = [r for r in range(4) if i not in SWEPT or r != i % 4]
+        assert_means(found, each, used)
+
+
+def assert_swept(state, params, batch, value_fn, tolerance=(2e-6, 1e-3), **options):
+    """One sweep was accepted, and is a refresh at the first parameters."""
+    counters = dho2_jax.metrics(state)
+    assert (int(counters["refreshes"]), int(counters["rejected"])) == (1, 0)
+    assert float(counters["recurrence_defect"]) < 100 * tolerance[0]
+    external = SMALL | {"refresh": "external"} | options
+    expected = dho2_jax.dho2(optax.sgd(0.1), **external).init(params)
+    expected = jit(lambda s, p: dho2_jax.refresh(s, p, value_fn))(expected, params)
+    assert_same_subspace(state, expected, tolerance)
+
+
+def test_auxiliary_outputs_are_means_too():
+    seen, _, state = loop(with_outputs, 8, BATCH, has_aux=True)
+    aux = seen[1][1][1]
+    assert {x.dtype.name for x in (aux["hits"], aux["flag"])} == {"float32"}
+    assert aux["half"].dtype.name == "bfloat16" and aux["none"] is None
+    for one in seen:  # bfloat16 has its own rounding
+        aux = one[1][1]
+        assert aux["half"].shape == (2,)
+    parts = parts_of(BATCH, 4, ROWS)
+
+    def drop(found):
+        (value, aux), grads = found
+        return (value, {n: aux[n] for n in ("hits", "flag")}), grads
+
+    short = [(before, *drop((value, grads))) for before, value, grads in seen]
+    assert_gradients(
+        short,
+        lambda p, b: drop((with_outputs(p, b), None))[0],
+        parts,
+        has_aux=True,
+    )
+    assert_swept(state, seen[0][0], BATCH, lambda p: network(p, BATCH))
+
+
+def test_gauss_newton_takes_a_pair():
+    pair = outputs_fn, output_loss
+    seen, _, state = loop(pair, 8, BATCH, curvature="ggn")
+    assert_gradients(seen, network, parts_of(BATCH, 4, ROWS))
+    halves = (lambda p: outputs_fn(p, BATCH), lambda y: output_loss(y, BATCH))
+    assert_swept(state, seen[0][0], BATCH, halves, curvature="ggn")
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_new_dropout_key_in_every_step(typed):
+    make = jax.random.key if typed else jax.random.PRNGKey
+    keys = jax.random.split(make(3), 8)
+
+    def args(i):
+        return keys[i], {"scale": jnp.float32(1.0)}
+
+    seen, _, state = loop(dropped, 8, BATCH, args)
+    assert_gradients(seen, dropped, parts_of(BATCH, 4, ROWS), args)
+    counters = state.curvature.counters
+    assert (int(counters.refreshes), int(counters.rejected)) == (1, 0)
+    assert float(counters.recurrence_defect) < 1e-5
+
+
+def test_a_batch_along_another_dimension():
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal(4).astype("float32")
+    whole = {"x": INPUTS.T.copy(), "y": TARGETS, "table": table}
+    spec = {"x": P(None, "data"), "y": P(("data",)), "table": P()}
+    seen, _, state = loop(transposed, 8, whole, batch_spec=spec)
+    parts = parts_of(whole, 4, {"x": 1, "y": 0, "table": None})
+    assert_gradients(seen, transposed, parts)
+    assert_swept(state, seen[0][0], whole, lambda p: transposed(p, whole))
+
+
+def test_parameters_in_bfloat16():
+    seen, params, state = loop(network, 8, BATCH, dtype="bfloat16")
+    for x in jax.tree.leaves((seen[1][2], params)):
+        assert x.dtype == jnp.bfloat16
+    assert seen[1][1].dtype == jnp.float32
+    assert_swept(state, seen[0][0], BATCH, lambda p: network(p, BATCH), (0.03, 0.2))
+
+
+def test_within_other_transformations():
+    def wrap(tx):
+        masked = optax.masked(tx, {"w": True, "b": True, "head": False})
+        rest = {"w": False, "b": False, "head": True}
+        frozen = optax.masked(optax.set_to_zero(), rest)
+        return optax.chain(masked, frozen)
+
+    seen, params, state = loop(network, 8, BATCH, wrap=wrap)
+    assert_gradients(seen, network, parts_of(BATCH, 4, ROWS))
+    assert cases.largest_change(params, seen[0][0]) > 0.01
+    head = seen[0][0]["head"]
+    own = {name: seen[0][0][name] for name in ("w", "b")}
+    assert_swept(state, own, BATCH, lambda p: network({**p, "head": head}, BATCH))
+
+
+def test_a_product_of_another_step_is_ignored():
+    mesh = make_mesh(FOUR)
+    tx = dho2_jax.dho2(optax.adam(0.02), refresh="staggered", mesh=mesh, **SMALL)
+    svag = dho2_jax.staggered_value_and_grad(network, mesh=mesh, stagger_axis="data")
+    svag = jax.jit(svag, compiler_options=FAST)
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def update(grads, state, params, product):
+        updates, state = tx.update(grads, state, params, product=product)
+        return optax.apply_updates(params, updates), state
+
+    start = params = cases.parameters()
+    state = jax.jit(tx.init)(params)
+    index, products = [], []
+    for i in range(12):
+        _, grads, product = svag(params, BATCH, BATCH, state)
+        products.append(product)
+        # At steps 3 and 5 one comes late, at step 7 one is of the future.
+        late = {3: products[2:3], 5: products[0:1]}.get(i)
+        product = late[0] if late else product
+        if i == 4:
+            product = product._replace(count=product.count + 1)
+        params, state = update(grads, state, params, product)
+        index.append(int(state.curvature.sweep.lanczos.index))
+    assert index == [-1, 0, 1, 1, 1, 1, 2, 3, 4, 5, 5, 5]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state)))
+    assert_swept(state, start, BATCH, lambda p: network(p, BATCH))
+
+
+# --- what is refused ---------------------------------------------------------------
+
+
+def make(loss_fn=network, axis="data", mesh=None, **kwargs):
+    mesh = make_mesh(FOUR_BY_ONE)
+    kwargs = {"mesh": mesh, "stagger_axis": axis} | kwargs
+    return dho2_jax.staggered_value_and_grad(loss_fn, **kwargs)
+
+
+def call(**options):
+    mesh = make_mesh(FOUR_BY_ONE)
+    params = cases.parameters()
+    state = dho2_jax.dho2(optax.sgd(0.1), **SMALL | options | options).init(params)
+    svag = dho2_jax.staggered_value_and_grad(network, mesh=mesh, stagger_axis="data")
+    return jax.eval_shape(svag, params, BATCH, BATCH, state)
+
+
+def update(with_product=True, with_params=True, **kwargs):
+    mesh = make_mesh(FOUR_BY_ONE)
+    params = cases.parameters()
+    options = SMALL | {"refresh": "staggered", "mesh": mesh}
+    asked = dho2_jax.dho2(optax.sgd(0.1), **options).init(params)
+    _, _, product = jax.eval_shape(make(), params, BATCH, BATCH, asked)
+    extra = {"product": product} if with_product else {}
+    if "refresh" in kwargs:
+        options["refresh"] = kwargs.pop("refresh")
+    tx = dho2_jax.dho2(optax.sgd(0.1), **options)
+    state = tx.init(params)
+    return jax.eval_shape(
+        lambda extra: tx.update(
+            params, state, params if with_params else None, **extra, **kwargs
+        ),
+        extra,
+    )
+
+
+OF_NETWORK = {"value_fn": lambda p: network(p, BATCH)}
+REFUSED = {
+    "no_mesh": (
+        "`mesh` must be a jax.sharding.Mesh, got NoneType; pass that of dho2.",
+        lambda: dho2_jax.staggered_value_and_grad(
+            network, mesh=None, stagger_axis="data"
+        ),
+    ),
+    "no_axis": (
+        "`stagger_axis` must be an axis of `mesh` with at least 2 groups of devices, "
+        "got 'model' on {'data': 4, 'one': 1}",
+        lambda: make(axis="model"),
+    ),
+    "axis_of_one": (
+        "`stagger_axis` must be an axis .* got 'one'",
+        lambda: make(axis="one"),
+    ),
+    "curvature": ("`curvature` must be one of", lambda: make(curvature="fisher")),
+    "pair": (
+        "`loss_fn` must be a function of .* got function with curvature='ggn'; split",
+        lambda: make(curvature="ggn"),
+    ),
+    "no_pair": (
+        "`loss_fn` must be a function of .* got tuple with curvature='hessian'",
+        lambda: make((outputs_fn, output_loss)),
+    ),
+    "no_function": ("`loss_fn` must be a function of", lambda: make(None)),
+    "periodic_state": (
+        "`state` must come from dho2.refresh='staggered', mesh=mesh. .* got "
+        "refresh='periodic' and mesh=None",
+        lambda: call(),
+    ),
+    "other_mesh": (
+        "`state` must come from dho2.refresh='staggered', mesh=mesh.",
+        lambda: call(refresh="staggered", mesh=jax.make_mesh((8,), ("data",))),
+    ),
+    "no_state": (
+        "`state` must hold exactly one DHO² state, got none",
+        lambda: make()(cases.parameters(), BATCH, BATCH, ()),
+    ),
+    "external": (
+        "`product` must be given to update with refresh='staggered' and in place of "
+        "`value_fn`, got it with refresh='external'; drop one.",
+        lambda: update(refresh="external"),
+    ),
+    "periodic": (
+        "`product` must be given .* got it with refresh='periodic' and both; drop one.",
+        lambda: update(refresh="periodic", **OF_NETWORK),
+    ),
+    "both": (
+        "`product` must be given .* refresh='staggered' and both; drop one.",
+        lambda: update(**OF_NETWORK),
+    ),
+    "neither": (
+        "`value_fn` must be given to update with refresh='staggered', got None",
+        lambda: update(with_product=False),
+    ),
+    "no_params": (
+        "`params` must be given to update together with `product`, got None",
+        lambda: update(with_params=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    expected, wrong = REFUSED[name]
+    with pytest.raises(ValueError, match=expected) as error:
+        wrong()
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text and len(text) < 400
+
+
+# --- the programs ------------------------------------------------------------------
+
+TOPOLOGIES = ("cpu:8", "v5e:4x4", "v5e:16x16")
+SIDES = {8: 2, 16: 4, 256: 16}  # of the second axis, by the number of devices
+NUMBERS = sum(x.size for x in parameters(LEAVES).values())
+
+
+def meshes(devices):
+    """Replicated, except on the largest, and fully sharded over a second axis."""
+    side = SIDES[len(devices)]
+    devices = np.array(devices)
+    found = {"fsdp": Mesh(devices.reshape(-1, side), ("data", "fsdp"))}
+    if len(devices) < 256:
+        found["replicated"] = Mesh(devices, ("data",))
+    return found
+
+
+def programs(mesh, fsdp):
+    """Name to a lowered program; of arrays that need not be there."""
+
+    def array(x, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    specs = {name: (TALL_AND_WIDE if fsdp else {}).get(name, P()) for name in LEAVES}
+    params = {n: array(x, specs[n]) for n, x in parameters(LEAVES).items()}
+    examples = (np.zeros((512, 9), np.float32), np.zeros(512, np.float32))
+    rest = P("fsdp") if fsdp else P()
+    whole = tuple(array(x, P(mesh.axis_names)) for x in examples)
+    around = tuple(array(x[:64], rest) for x in examples)
+    options = OPTIONS | {"refresh": "staggered", "mesh": mesh, "param_specs": specs}
+    tx = dho2_jax.dho2(optax.adam(1e-2), **options)
+    svag = dho2_jax.staggered_value_and_grad(loss, mesh=mesh, stagger_axis="data")
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params),
+        dho2_jax.state_shardings(tx, params),
+    )
+
+    def step(params, state, batch, curvature_batch):
+        with jax.named_scope("side_by_side"):
+            value, grads, product = svag(params, batch, curvature_batch, state)
+        updates, state = tx.update(grads, state, params, product=product)
+        return optax.apply_updates(params, updates), state, value
+
+    yield "svag", jax.jit(svag).lower(params, whole, around, state)
+    yield "step", jax.jit(step).lower(params, state, whole, around)
+
+
+def texts(devices):
+    """`LAYOUT-PROGRAM` to the compiled text."""
+    options = FAST if devices[0].platform == "cpu" else None
+    return {
+        f"{layout}-{name}": lowered.compile(options).as_text()
+        for layout, mesh in meshes(devices).items()
+        for name, lowered in programs(mesh, layout == "fsdp")
+    }
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def compiled(request, tmp_path_factory):
+    """The topology's name, and the texts."""
+    if request.param == "cpu:8":
+        return request.param, texts(jax.devices())
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    directory = tmp_path_factory.mktemp("hlo")
+    subprocess.run(
+        [sys.executable, __file__, request.param, str(directory)],
+        env=topology.environment(topology.parse(request.param)),
+        check=True,
+        capture_output=True,
+    )
+    return request.param, {path.stem: path.read_text() for path in directory.iterdir()}
+
+
+def device_groups(text, devices):
+    """The groups of devices that `replica_groups`, or source and target pairs, name."""
+    ids = np.arange(devices)
+    if text.startswith("{{"):
+        each = re.findall(r"\{([\d,]+)\}", text)
+        return [[int(x) for x in one.split(",")] for one in each]
+    if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape, source, order = (
+            [int(x) for x in (part or "").split(",") if x] for part in iota.groups()
+        )
+        ids = ids.reshape(source)
+        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+    order = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+    found = re.fullmatch(rf"mesh\[([^\]]*)\]{order} \{{(.*)\}}", text)
+    assert found, text
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    if found[2]:
+        ids = ids.reshape([int(x) for x in found[2].split(",")])
+        ids = ids.transpose([int(x) for x in found[3].split(",")])
+    ids = ids.reshape([int(x) for x in sizes.values()])
+    over = re.fullmatch(r"'\w+'(?:, ?'\w+')*", found[4])
+    assert over, text
+    chosen = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
+    ids = np.moveaxis(ids, chosen, range(-len(chosen), 0))
+    count = int(np.prod(ids.shape[-len(chosen) :]))
+    return ids.reshape(-1, count).tolist()
+
+
+def test_groups_of_devices_are_read():
+    expected = [[0, 2, 4, 6], [1, 3, 5, 7]]
+    for text in (
+        "{{0,2,4,6},{1,3,5,7}}",
+        "[2,4]<=[4,2]T(1,0)",
+        "mesh['a'=4,'b'=2] {'a'}",
+        "mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}",
+    ):
+        assert device_groups(text, 8) == expected
+    assert device_groups("[2,4]<=[8]", 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def assert_within_groups(found, devices, across):
+    """No collective has two devices of different groups along the first axis."""
+    for one in found:
+        for group in device_groups(one.replica_groups, devices):
+            assert len({member // across for member in group}) == 1, one
+
+
+def test_what_groups_decide_apart_needs_no_other_group(compiled):
+    where, all_texts = compiled
+    devices = topology.parse(where).chips
+    for name, text in all_texts.items():
+        layout, kind = name.split("-")
+        assert re.search(r"\bconditional\(", text), name
+        found = [x for x in collectives.read(text) if x.in_conditional]
+        if kind == "step":
+            found = [x for x in found if "side_by_side" in x.name]
+        if layout == "replicated":
+            assert found == [], name
+        else:
+            assert found, name
+            assert_within_groups(found, devices, SIDES[devices])
+
+
+def test_an_idle_step_moves_the_gradient_alone(compiled):
+    """What a product needs is in loops of one turn or none."""
+    where, all_texts = compiled
+    for name in {"replicated-svag", "fsdp-svag"} & all_texts.keys():
+        found = collectives.read(all_texts[name])
+        loops = [x for x in found if x.loops]
+        assert sum(x.numbers for x in loops) >= NUMBERS / 16, name
+        assert all(x.trips is None for x in loops)
+        outside = [x for x in found if not x.loops and not x.in_conditional]
+        side = 1
+        if name == "fsdp-svag":  # gathers of the parameters are the layout's own
+            outside = [x for x in outside if x.kind in ("all-reduce", "reduce-scatter")]
+            side = SIDES[topology.parse(where).chips]
+        assert {x.kind for x in outside} == {"all-reduce"}
+        assert sum(x.numbers for x in outside) <= NUMBERS / side + 3, name
+
+
+def test_products_are_scattered():
+    mesh = meshes(jax.devices())["replicated"]
+    name, lowered = next(programs(mesh, False))
+    assert name == "svag"
+    assert lowered.as_text().count("stablehlo.reduce_scatter") == 3  # stored arrays
+
+
+def main(where, directory):
+    for name, text in texts(topology.devices(topology.parse(where))).items():
+        (pathlib.Path(directory) / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
