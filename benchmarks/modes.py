@@ -2,9 +2,9 @@
 """What each way of computing curvature costs, in time, in loss and in FLOPs.
 
     python benchmarks/modes.py convergence [--configs a,b] [--seeds 3]
-    python benchmarks/modes.py times [--config char_lm] [--steps 300]
-    python benchmarks/modes.py totals [--config char_lm] [--periods 50,100,200]
-    python benchmarks/modes.py flops [--config char_lm]
+    python benchmarks/modes.py times [--config char_lm --batch-size 64]
+    python benchmarks/modes.py totals [--periods 50,100,200]
+    python benchmarks/modes.py flops [--config char_lm --batch-size 64]
 
 The modes, on eight virtual CPU devices:
 
@@ -17,9 +17,9 @@ The modes, on eight virtual CPU devices:
     base of four     the base optimizer on four devices
 
 `convergence` compares final losses with everything else equal. `times` measures every
-step of each mode apart, in rounds of all modes, and draws `modes.png`; `totals` the
-time of a whole run, the host waiting at its end only, relative to the base in the same
-round. Compilation is never in a time. `flops` counts what the busiest device computes:
+step of each mode apart, and draws `modes.png`; `totals` the time of whole runs, the
+host waiting at every tenth step only, relative to the base's. Both go in rounds of all
+modes, since the clock of a shared machine drifts. Compilation is never in a time. `flops` counts what the busiest device computes:
 on two cores eight devices take turns, on a pod they do not.
 """
 
@@ -138,6 +138,7 @@ def times(options: argparse.Namespace) -> None:
     for _ in range(WARM):
         for run in runs:
             run.step()
+            run.wait()
     rounds = 6
     for number in range(rounds):
         for mode, run in zip(modes, runs, strict=True):
@@ -163,25 +164,31 @@ def times(options: argparse.Namespace) -> None:
 
 
 def totals(options: argparse.Namespace) -> None:
-    """Prints the time of whole runs relative to the base's."""
+    """Prints the time of whole runs relative to the base's, in rounds of all of them."""
     periods = [int(one) for one in options.periods.split(",")]
-    ratios: dict[str, list[str]] = {name: [] for name in MODES if name not in BASES}
-    bases = {name: _Run(_timed(options, name)) for name in BASES}
+    modes = [name for name in MODES if name not in BASES]
+    runs = {(name, 0): _Run(_timed(options, name)) for name in BASES}
     for period in periods:
-        more = (f"optimizer.refresh_period={period}",)
-        runs = {name: _Run(_timed(options, name, *more)) for name in ratios}
-        found: dict[str, list[float]] = {name: [] for name in ratios}
-        for _ in range(options.repeats):
-            whole = {name: _total(run, options.steps) for name, run in bases.items()}
-            for name, run in runs.items():
-                base = whole[_base_of(name)]
-                found[name].append(_total(run, options.steps) / base)
-                print(period, name, f"{found[name][-1]:.3f}", flush=True)
-        for name, several in found.items():
-            ratios[name].append(f"{statistics.median(several):.2f}")
+        for name in modes:
+            more = (f"optimizer.refresh_period={period}",)
+            runs[name, period] = _Run(_timed(options, name, *more))
+    seconds = dict.fromkeys(runs, 0.0)
+    rounds = 10
+    for number in range(rounds):
+        for key, run in runs.items():
+            began = time.perf_counter()
+            for step in range(options.steps // rounds):
+                run.step()
+                if step % 10 == 9:  # as often as dho2 train logs
+                    jax.block_until_ready(run.params)
+            run.wait()
+            seconds[key] += time.perf_counter() - began
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
     print("| mode | " + " | ".join(f"T = {one}" for one in periods) + " |")
     print("|---" * (len(periods) + 1) + "|")
-    for name, cells in ratios.items():
+    for name in modes:
+        base = seconds[_base_of(name), 0]
+        cells = [f"{seconds[name, period] / base:.2f}" for period in periods]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -274,17 +281,6 @@ def _base_of(name: str) -> str:
     return BASES[name in ("base of four", "overlapped")]
 
 
-def _total(run: _Run, steps: int) -> float:
-    run.restart()
-    began = time.perf_counter()
-    for step in range(steps):
-        run.step()
-        if step % 10 == 9:  # as often as dho2 train logs
-            jax.block_until_ready(run.params)
-    jax.block_until_ready((run.params, run.state))
-    return time.perf_counter() - began
-
-
 def _sizes(options: argparse.Namespace) -> list[str]:
     """Returns the sizes of all but `convergence`: an eighth of the batch for V."""
     return [
@@ -341,8 +337,8 @@ def main() -> None:
     one.set_defaults(run=convergence)
     for function in (times, totals, flops):
         one = commands.add_parser(function.__name__)
-        one.add_argument("--config", default="char_lm")
-        one.add_argument("--batch-size", type=int, default=64)
+        one.add_argument("--config", default="patch_autoencoder")
+        one.add_argument("--batch-size", type=int, default=4096)
         one.add_argument("--num-largest", type=int, default=16)
         one.add_argument("--period", type=int, default=200)
         one.add_argument("--steps", type=int, default=300)
@@ -355,7 +351,6 @@ def main() -> None:
         if function is totals:
             one.set_defaults(steps=500)
             one.add_argument("--periods", default="50,100,200")
-            one.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     options.run(options)
 

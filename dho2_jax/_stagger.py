@@ -7,7 +7,6 @@ as the other groups differentiate the loss; the turn moves on with every step, s
 no group falls behind.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _axes as axes
 from dho2_jax import _curvature as curvatures
+from dho2_jax import _groups as groups
 from dho2_jax import _layout as layouts
 from dho2_jax import _slices as slices
 from dho2_jax import _sweep as sweeps
 from dho2_jax._config import check_choice
-from dho2_jax._layout import Layout, Packed
-from dho2_jax._sharding import as_spec, axes_of, constrain
 from dho2_jax._state import CurvatureState, find, layout_of_state
 from dho2_jax._types import Array, Params, PyTree
 
@@ -89,7 +86,7 @@ def staggered_value_and_grad(
     """
     _check(loss_fn, mesh, stagger_axis, curvature)
     loss, halves = _two_forms(loss_fn, has_aux, curvature)
-    groups = mesh.shape[stagger_axis]
+    number = mesh.shape[stagger_axis]
 
     def svag(
         params: Params, batch: PyTree, curvature_batch: PyTree, state: PyTree, *args
@@ -101,7 +98,7 @@ def staggered_value_and_grad(
         part = [jnp.asarray(x) for x in leaves]
         kind = sweeps.turn(ours)
         busy = kind != sweeps.NOTHING
-        whose = jnp.where(busy, ours.count % groups, -1)
+        whose = jnp.where(busy, ours.count % number, -1)
         keys = _fixed_keys(args, ours)
 
         def ask(ours: CurvatureState) -> tuple[list[Array], list[Array]]:
@@ -129,7 +126,7 @@ def staggered_value_and_grad(
 
             mine = lax.axis_index(stagger_axis) == whose
             found, grads, hv = lax.cond(mine, product, gradient)
-            counted = groups - (whose >= 0)
+            counted = number - (whose >= 0)
 
             def mean(x: Array) -> Array:
                 if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -139,10 +136,11 @@ def staggered_value_and_grad(
             found, grads = jax.tree.map(mean, (found, grads))
             return found, grads, [x[None] for x in hv]
 
-        own = _of_groups(batch, batch_spec, stagger_axis)
+        own = groups.parts_of(batch, batch_spec, stagger_axis)
+        parts = groups.split_along(batch, own, mesh)
         everywhere = (params, curvature_batch, point, vector, args, keys)
         params_, curvature_batch_, *rest = jax.tree.map(
-            lambda x: _whole_along(x, mesh, stagger_axis), everywhere
+            lambda x: groups.whole_along(x, mesh, stagger_axis), everywhere
         )
         found, grads, hv = jax.shard_map(
             local,
@@ -153,10 +151,10 @@ def staggered_value_and_grad(
             # Derivatives are of each group's own loss: a checked one would be summed
             # over the groups, by a collective within the branch.
             check_vma=False,
-        )(whose, params_, batch, curvature_batch_, *rest)
+        )(whose, params_, parts, curvature_batch_, *rest)
         vector = _if_busy(
             busy,
-            lambda hv: _into_slices(layout, hv, stagger_axis),
+            lambda hv: groups.sum_in_slices(layout, hv, stagger_axis),
             slices.new_zeros(layout),
             hv,
         )
@@ -227,96 +225,11 @@ def _fixed_keys(args: Any, ours: CurvatureState) -> Any:
     return jax.tree.map(fix, args)
 
 
-def _of_groups(batch: PyTree, batch_spec: PyTree, axis: str) -> PyTree:
-    """Returns the places of `axis` in the batch's specs, a spec for each leaf."""
-    if batch_spec is None:
-        return jax.tree.map(lambda x: P(axis) if jnp.ndim(x) else P(), batch)
-
-    def is_spec(x: Any) -> bool:
-        return x is None or isinstance(x, P)
-
-    def spread(spec: P | None, subtree: PyTree) -> PyTree:
-        parts = [[a for a in axes_of(entry) if a == axis] for entry in spec or ()]
-        return jax.tree.map(lambda _: as_spec(parts), subtree)
-
-    return jax.tree.map(spread, batch_spec, batch, is_leaf=is_spec)
-
-
-def _whole_along(x: Any, mesh: Mesh, axis: str) -> Any:
-    """Returns `x` without a split over `axis`; under Auto axes the compiler does it."""
-    spec = jax.typeof(x).sharding.spec
-    if not any(axis in axes_of(entry) for entry in spec):
-        return x
-    kept = [[a for a in axes_of(entry) if a != axis] for entry in spec]
-    return constrain(x, mesh, as_spec(kept))
-
-
 def _zeros(shape: jax.ShapeDtypeStruct) -> Array:
     explicit = shape.sharding is not None
     return jnp.zeros(
         shape.shape, shape.dtype, out_sharding=shape.sharding if explicit else None
     )
-
-
-def _into_slices(layout: Layout, leaves: list[Array], axis: str) -> Packed:
-    """Returns the sum over the groups of vectors like the parameters, in slices.
-
-    Each leaf has the groups along `axis` in front. What is split over other axes
-    already, as its parameter is, stays so.
-    """
-    place = layout.placement
-    assert place is not None and place.mesh is not None
-    kept = [_kept(layout, s, axis) for s in range(len(layout.stored))]
-    in_specs = [P(axis)] * len(layout.shapes)
-    for group, parts in zip(layout.groups, kept, strict=False):
-        for i in group:
-            in_specs[i] = as_spec([(axis,), *parts[1:]])
-
-    def local(*leaves: Array) -> tuple[Array, ...]:
-        own = [x[0] for x in leaves]
-        stored = layouts.stack(layout, own)
-        if layout.small:
-            stored.append(layouts.to_slab(layout, [own[i] for i in layout.small]))
-        return tuple(map(reduce, place.slice_specs, kept, stored))
-
-    def reduce(spec: P, kept: list[tuple[str, ...]], x: Array) -> Array:
-        scattered = False
-        for dim, entry in enumerate(spec):
-            for name in axes_of(entry)[len(kept[dim]) :]:
-                if name == axis:
-                    x = lax.psum_scatter(x, name, scatter_dimension=dim, tiled=True)
-                    scattered = True
-                else:
-                    x = axes.own_part(x, (name,), dim)
-        return x if scattered else lax.psum(x, axis)
-
-    pairs = zip(leaves, in_specs, strict=True)
-    stored = jax.shard_map(
-        local,
-        mesh=place.mesh,
-        in_specs=tuple(in_specs),
-        out_specs=place.slice_specs,
-        check_vma=False,
-    )(*(constrain(x, place.mesh, spec) for x, spec in pairs))
-    return Packed(stored, layout)
-
-
-def _kept(layout: Layout, s: int, axis: str) -> list[tuple[str, ...]]:
-    """Returns the axes that split each dimension of a stored array before `axis` does.
-
-    Of these, the ones that split the parameter itself: a group of leaves has its first
-    one's, the slab none.
-    """
-    place = layout.placement
-    assert place is not None
-    own: list[Any] = [()]
-    if s < len(layout.groups):
-        own += map(axes_of, place.param_specs[layout.groups[s][0]])
-    split = itertools.zip_longest(map(axes_of, place.slice_specs[s]), own, fillvalue=())
-    return [
-        tuple(itertools.takewhile(lambda a, o=o: a != axis and a in o, names))
-        for names, o in split
-    ]
 
 
 def _check(loss_fn: Any, mesh: Any, stagger_axis: Any, curvature: Any) -> None:

@@ -167,9 +167,9 @@ def is_active(state: CurvatureState) -> Array:
 
 
 def drift(state: CurvatureState) -> Array:
-    """Returns the path since the subspace's anchor over |x| there: `()`, float32."""
-    norm = state.anchor.norm
-    return state.anchor.path / jnp.where(norm > 0, norm, 1.0)
+    """Returns the path since the subspace's anchor over |x| there; 0 without one."""
+    _, norm, path = state.anchor
+    return jnp.where(norm > 0, path / jnp.where(norm > 0, norm, 1.0), 0.0)
 
 
 def layout_of_state(state: CurvatureState) -> layouts.Layout:

@@ -14,3 +14,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():
     assert len(jax.devices()) == 8, "JAX started before tests/conftest.py"
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For short runs: compiling takes far longer than running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -14,12 +14,7 @@ STAGGERED = "optimizer.refresh=staggered"
 LONGER = ("steps=40", "optimizer.refresh_period=12", "optimizer.early_refreshes=(3,)")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These runs are short: compiling takes far longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def build(*overrides):

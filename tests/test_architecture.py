@@ -21,7 +21,7 @@ LAYERS = (
     {"types"},
     {"linalg", "sharding", "axes"},
     {"transfer", "curvature", "lanczos", "spectrum", "layout"},
-    {"slices", "subspace", "rate", "config"},
+    {"slices", "groups", "subspace", "rate", "config"},
     {"state", "schedule", "submesh"},
     {"base", "products", "metrics"},
     {"refresh", "specs"},
