@@ -19,8 +19,9 @@ The modes, on eight virtual CPU devices:
 `convergence` compares final losses with everything else equal. `times` measures every
 step of each mode apart, and draws `modes.png`; `totals` the time of whole runs, the
 host waiting at every tenth step only, relative to the base's. Both go in rounds of all
-modes, since the clock of a shared machine drifts. Compilation is never in a time. `flops` counts what the busiest device computes:
-on two cores eight devices take turns, on a pod they do not.
+modes, since the clock of a shared machine drifts. Compilation is never in a time.
+`flops` counts what the busiest device computes: on two cores eight devices take turns,
+on a pod they do not.
 """
 
 import argparse
@@ -164,7 +165,7 @@ def times(options: argparse.Namespace) -> None:
 
 
 def totals(options: argparse.Namespace) -> None:
-    """Prints the time of whole runs relative to the base's, in rounds of all of them."""
+    """Prints the time of whole runs relative to the base's, in rounds of them all."""
     periods = [int(one) for one in options.periods.split(",")]
     modes = [name for name in MODES if name not in BASES]
     runs = {(name, 0): _Run(_timed(options, name)) for name in BASES}
