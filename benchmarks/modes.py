@@ -25,7 +25,7 @@ on a pod they do not.
 """
 
 import argparse
-import json
+import math
 import os
 import pathlib
 import statistics
@@ -160,7 +160,6 @@ def times(options: argparse.Namespace) -> None:
             f"| {1e3 * high:.1f} ms | {high / base[_base_of(name)]:.2f} "
             f"| {ms.max():.0f} ms |"
         )
-    options.out.with_suffix(".json").write_text(json.dumps(seconds))
     _draw(options.out, seconds, f"{options.config}, eight devices on two cores")
 
 
@@ -233,19 +232,17 @@ def flops(options: argparse.Namespace) -> None:
         longest = max(1.0, each * examples / group)
         name = f"across {options.groups} groups, product on {examples} examples"
         rows.append((name, 1 + busy * (longest - 1), longest))
-    more = devices / (devices - 1)
-    rows.append((f"overlapped, 1 of {devices} apart", more, more))
-    print(f"{options.config}: a gradient on the {own} examples of a device, {one:.3g}")
-    print(
-        f"FLOPs, is 1; a product on as many is {each:.2f}; on an eighth of the batch,"
-    )
-    print(f"divided over all devices, {shared:.3f}. m = {m}, T = {period}.")
+    # As many apart as are through with one refresh before the next.
+    apart = math.ceil((m + 1) * each * part / own / period)
+    more = devices / (devices - apart)
+    rows.append((f"overlapped, {apart} of {devices} apart", more, more))
+    print(f"{options.config}: 1 is a gradient on a device's {own}, {one:.3g} FLOPs;")
+    print(f"a product on as many is {each:.2f}, on an eighth of the batch over all")
+    print(f"devices {shared:.3f}. m = {m}, T = {period}.")
     print("| mode | mean of a period | longest step |")
     print("|---|---|---|")
     for name, mean, longest in rows:
         print(f"| {name} | {mean:.3f} | {longest:.2f} |")
-    apart = (m + 1) * each * part / own
-    print(f"The device apart computes {apart:.0f} in {period} steps.")
 
 
 class _Run:

@@ -355,6 +355,20 @@ def test_a_batch_along_another_dimension():
     assert_swept(state, seen[0][0], whole, lambda p: transposed(p, whole))
 
 
+def test_explicit_axes_and_a_batch_that_lies_nowhere_yet():
+    """What `jax.make_mesh` and a batch from the host are, where nobody said more."""
+    mesh = make_mesh(Layout((4,), ("data",), EXPLICIT))
+    tx = dho2_jax.dho2(optax.sgd(0.1), refresh="staggered", mesh=mesh, **SMALL)
+    svag = dho2_jax.staggered_value_and_grad(network, mesh=mesh, stagger_axis="data")
+    params = cases.parameters()
+    svag = jax.jit(svag, compiler_options=FAST)
+    value, grads, _ = svag(params, BATCH, BATCH, tx.init(params))
+    expected, slopes = jax.value_and_grad(network)(params, BATCH)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
 def test_parameters_in_bfloat16():
     seen, params, state = loop(network, 8, BATCH, dtype="bfloat16")
     for x in jax.tree.leaves((seen[1][2], params)):
