@@ -4,6 +4,9 @@ import os
 
 # Where libtpu or a GPU is there too: the tests are for eight CPU devices.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Threads of XLA's pool: with fewer than the devices of all programs in flight, a
+# collective waits for devices that have no thread, and aborts the process in the end.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest
