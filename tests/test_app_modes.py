@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_app_mesh import DIGITS, SMALL
 
-from dho2_jax.app import experiment
+from dho2_jax.app import experiment, measure
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.train import stepper
 
@@ -96,6 +96,17 @@ def test_a_run_taken_up_in_mid_sweep_measures_on_the_same_batch():
     for part in taken:
         for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(first), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_plan_measures_what_takes_turns():
+    """Also where the examples for curvature are fewer than the devices."""
+    built = build(STAGGERED, "stagger_axis=data", "curvature_batch_size=0")
+    found = measure.measure(built, jax.devices())
+    # A product takes 2.5 gradients: of the 8 examples of a group at most 3.
+    assert found["curvature_batch_size"] == 2
+    assert found["product"]["flops"] > 0
+    assert found["step"]["collectives"]["reduce-scatter"]["count"] >= 1
+    assert found["refresh"]["total"] > 0
 
 
 @pytest.mark.parametrize(

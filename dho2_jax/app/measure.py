@@ -188,9 +188,10 @@ def _product(experiment: Experiment, size: int, params: Any, batch: Any) -> Blue
         loss = task.value_fn(part, gauss_newton=experiment.dho2.gauss_newton)
         return PRODUCTS[curvature](loss, params)(vector)
 
+    where = placement.batch_sharding(experiment.mesh, but=experiment.dho2.stagger_axis)
     part = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            (size, *x.shape[1:]), x.dtype, sharding=x.sharding
+            (size, *x.shape[1:]), x.dtype, sharding=where or x.sharding
         ),
         batch,
     )
