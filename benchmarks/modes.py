@@ -160,7 +160,11 @@ def times(options: argparse.Namespace) -> None:
             f"| {1e3 * high:.1f} ms | {high / base[_base_of(name)]:.2f} "
             f"| {ms.max():.0f} ms |"
         )
-    _draw(options.out, seconds, f"{options.config}, eight devices on two cores")
+    _draw(
+        options.out,
+        seconds,
+        f"{options.config}, eight devices on {os.cpu_count()} cores",
+    )
 
 
 def totals(options: argparse.Namespace) -> None:
@@ -196,7 +200,8 @@ def flops(options: argparse.Namespace) -> None:
     """Prints what the busiest device computes in a step, in units of a gradient.
 
     From the compiler's count for a gradient and a product; the steps are sums of these.
-    The Newton step's own passes over V are a matter of bytes, and not counted.
+    The Newton step's own passes over V are a matter of bytes, and not counted; nor are
+    the rate's probes, which all modes make, in every tenth step.
     """
     experiment = build(options.config, "across an axis", *_sizes(options))
     task, config, devices = experiment.task, experiment.config, options.devices

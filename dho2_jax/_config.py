@@ -118,7 +118,8 @@ def make_config(
         if num_matvecs > refresh_period:
             raise ValueError(
                 "`num_matvecs` must be <= refresh_period with refresh='staggered', "
-                f"got {num_matvecs} for {refresh_period}; a step makes one product."
+                f"got {num_matvecs} for {refresh_period}; a step makes one product: "
+                "lower one or raise the other."
             )
         refresh_period, early_refreshes = sweep_starts(
             refresh_period, early_refreshes, num_matvecs

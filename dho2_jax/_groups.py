@@ -25,6 +25,17 @@ def parts_of(batch: PyTree, batch_spec: PyTree, axis: str) -> PyTree:
     def is_spec(x: Any) -> bool:
         return x is None or isinstance(x, P)
 
+    given = jax.tree.leaves(batch_spec, is_leaf=is_spec)
+    named = [
+        a for x in given if isinstance(x, P) for entry in x for a in axes_of(entry)
+    ]
+    if not all(map(is_spec, given)) or axis not in named:
+        raise ValueError(
+            "`batch_spec` must hold jax.sharding.PartitionSpecs, of which some name "
+            f"`stagger_axis`={axis!r}, got {batch_spec}; leave it None where it divides "
+            "every first dimension."
+        )
+
     def spread(spec: P | None, subtree: PyTree) -> PyTree:
         parts = [[a for a in axes_of(entry) if a == axis] for entry in spec or ()]
         return jax.tree.map(lambda _: as_spec(parts), subtree)

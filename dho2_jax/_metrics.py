@@ -54,7 +54,8 @@ def metrics(state: PyTree) -> dict[str, Array]:
 
       - "count": updates so far.
       - "enabled": 1 while DHO² is on.
-      - "refreshes", "rejected": refreshes used, and computed but not used.
+      - "refreshes", "rejected": refreshes used, and computed (or, a sweep that the next
+        one overtook, half computed) but not used.
       - "age": updates since the parameters were where the subspace in use belongs.
       - "drift": how far they have gone since, the lengths of all updates added up, in
         units of their own norm there.

@@ -114,7 +114,7 @@ def overlapped_refresh(
       param_specs: `PartitionSpec`s of the parameters on it, a tree or a prefix of one.
         None: replicated.
       batch_spec: Those of the batch, likewise. None: the first dimension over all axes
-        of `mesh`. A batch that lies on the mesh already stays as it is.
+        of `mesh`, where these divide it. A batch that lies on the mesh already stays as it is.
 
     Returns:
       `OverlappedRefresh(launch, land)`, two functions.
@@ -142,8 +142,7 @@ def overlapped_refresh(
         far = submesh.layout_on(mesh, near, given)
         specs = batch_spec
         if specs is None:
-            split = P(mesh.axis_names)
-            specs = jax.tree.map(lambda x: split if jnp.ndim(x) else P(), batch)
+            specs = jax.tree.map(lambda x: _evenly(x, mesh), batch)
         given = given, submesh.laid_out(batch, mesh, specs, "batch_spec")
         with jax.set_mesh(ours.config.mesh):
             noted = _note(ours)
@@ -169,10 +168,11 @@ def overlapped_refresh(
 def land(state: PyTree, pending: Pending) -> PyTree:
     """Puts a launched refresh to use, or rejects it; donates the state."""
     ours = find(state)
-    if not isinstance(pending, Pending):
+    if not isinstance(pending, Pending) or ours.config.mesh is None:
         raise ValueError(
-            f"`pending` must be what launch returned, got {type(pending).__name__}; "
-            "call land(state, pending)."
+            "`pending` must be what launch returned for this state, got "
+            f"{type(pending).__name__} and a state with mesh={ours.config.mesh}; call "
+            "land(state, pending)."
         )
     shapes = jax.tree.leaves(submesh.abstract(_answer(ours), layout_of_state(ours)))
     places = [(x.shape, x.sharding) for x in shapes]
@@ -282,6 +282,12 @@ def _is_unprobed(rate: _rate.RateState) -> Array:
 
 
 # --- where everything lies -----------------------------------------------------------
+
+
+def _evenly(x: Any, mesh: Mesh) -> P:
+    """Returns the spec of an array of examples that none was given for."""
+    split = jnp.ndim(x) > 0 and jnp.shape(x)[0] % mesh.size == 0
+    return P(mesh.axis_names) if split else P()
 
 
 def _answer(ours: CurvatureState) -> _Result:

@@ -92,8 +92,8 @@ def check_one_source(value_fn, matvec_fn, where: str) -> None:
     if value_fn is None and matvec_fn is None:
         raise ValueError(
             f"`value_fn` must be given to {where}, got None; pass "
-            "value_fn=lambda p: loss(p, batch), or use refresh='external' and call "
-            "dho2_jax.refresh outside update."
+            "value_fn=lambda p: loss(p, batch) (or, staggered, product=), or use "
+            "refresh='external' and call dho2_jax.refresh outside update."
         )
     if value_fn is not None and matvec_fn is not None:
         raise ValueError(

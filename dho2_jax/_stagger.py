@@ -58,7 +58,9 @@ def staggered_value_and_grad(
         `(value, aux)`; with curvature="ggn" the pair `(outputs_fn, output_loss)` of
         `(params, batch, *args) -> outputs` and `(outputs, batch, *args) -> value`, or
         `(value, aux)`. Each group calls it on its part of the batch; axes of the mesh
-        other than `stagger_axis` are left to the compiler, as in a plain `jit`.
+        other than `stagger_axis` are left to the compiler, as in a plain `jit`. It has
+        no collective or sharding along `stagger_axis` itself: other groups do something
+        else meanwhile. `args` are traced; close over Python values.
       mesh: That of dho2. Static.
       stagger_axis: The axis of the mesh, of size R >= 2, that divides the batch.
         Static.
@@ -71,8 +73,8 @@ def staggered_value_and_grad(
       `svag(params, batch, curvature_batch, state, *args) -> (value, grads, product)`,
       or `((value, aux), grads, product)`. `state` is any nest of Optax states that
       holds one DHO² state; it is only read. `aux` may hold numbers of any type, of
-      which means over the groups are taken. Random keys among `args` serve for the
-      gradient as they are, the same in each group; in the product others take their
+      which means over the groups are taken. Random keys among `args` (typed ones, or
+      `(2,)` uint32) serve for the gradient as they are, the same in each group; in the product others take their
       place, fixed for a sweep, since all its products must be of one function.
       `product` is opaque: `update` takes it for the step it was made in, and ignores
       it in any other.
@@ -197,8 +199,8 @@ def _if_busy(busy: Array, make: Callable[..., Any], otherwise: Any, *args: Any) 
     """Returns `make(*args)`, or `otherwise` in a step without a product.
 
     A loop of one turn or none: an idle step then moves nothing. A conditional would do
-    the same, but in this program conditionals are what groups decide differently, and
-    no collective may be in one.
+    the same, but here conditionals are what groups decide differently, and no
+    collective may be in one.
     """
 
     def once(turn: Array, _: Any) -> Any:

@@ -59,6 +59,8 @@ def turn(state: CurvatureState) -> Array:
         due &= (rate.steps > 0) & jnp.any(is_active(state))
         # What this step puts to use would change the vector.
         due &= sweep.lanczos.index != m
+        # As a refresh before this step has: the last step was off the old subspace.
+        due &= state.counters.attempted_at != state.count
         kind = jnp.where(due, PROBE, kind)
     return jnp.where(state.enabled, kind, NOTHING)
 
@@ -120,6 +122,11 @@ def advance(
     Returns:
       The state, and what was measured along the last step.
     """
+    if not isinstance(product, CurvatureProduct):
+        raise ValueError(
+            "`product` must be what staggered_value_and_grad returned, got "
+            f"{type(product).__name__}; pass the last of its three results."
+        )
     layout = layout_of_state(state)
     leaves, _ = layouts.restrict(params, layout)
     part = [jnp.asarray(x) for x in leaves]

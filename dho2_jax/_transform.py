@@ -57,8 +57,9 @@ def dho2(
     refresh, and whenever no pair is valid, the update is the base optimizer's (times
     `rate_schedule`).
 
-    The loop must hand the loss to `update` (refresh="periodic"), as
-    `tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))`, or call
+    The loop must hand the loss to `update` (refresh="periodic" or "staggered"), as
+    `tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))`, or the product
+    of `staggered_value_and_grad` (refresh="staggered"), as `product=`; or call
     `dho2_jax.refresh` itself now and then (refresh="external").
 
     Args:
@@ -122,9 +123,10 @@ def dho2(
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
-      ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic
-      refresh, used with an external one to probe the curvature-set rate. It need not be
-      the training loss: a quarter of the batch serves.
+      ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic or
+      a staggered refresh, used with an external one to probe the curvature-set rate. It
+      need not be the training loss: a quarter of the batch serves. A staggered one
+      takes `product` instead, from `staggered_value_and_grad` on the state before.
 
     Raises:
       ValueError: In one sentence, for an argument out of its range (here), parameters

@@ -289,7 +289,7 @@ def validate(config: Config) -> None:
     if config.curvature_devices < 0 or config.land_after < 0:
         raise UserError(
             "`config.curvature_devices` and `config.land_after` must not be negative, "
-            f"got {config.curvature_devices} and {config.land_after}."
+            f"got {config.curvature_devices} and {config.land_after}; 0 is the default."
         )
     longest = config.optimizer.refresh_period
     if config.land_after >= longest and config.curvature_devices:

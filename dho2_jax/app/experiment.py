@@ -102,10 +102,10 @@ def build(
     )
     if mesh is None and (config.stagger_axis or config.curvature_devices):
         raise UserError(
-            "`config.mesh_shape` must be of at least two devices with "
-            f"config.stagger_axis={config.stagger_axis!r} or "
-            f"config.curvature_devices={config.curvature_devices}, got one; leave it "
-            "out for all devices."
+            "`config.mesh_shape` must be of at least two devices, those set apart not "
+            f"counted, with config.stagger_axis={config.stagger_axis!r} or "
+            f"config.curvature_devices={config.curvature_devices}, got one; use more "
+            "devices."
         )
     dho2 = optimizers.build_dho2(config, mesh, specs, curvature_mesh)
     base = optimizers.build_base(config)

@@ -176,6 +176,8 @@ def build_dho2(
         arguments["warmup_steps"] = fields.warmup_steps + fields.refresh_period
         arguments["early_refreshes"] = ()
     try:
+        # Of these dho2 itself may not get to see all.
+        dho2_jax.should_refresh(0, early_refreshes=tuple(fields.early_refreshes))
         transform = dho2_jax.dho2(
             base, rate_schedule=outside(1.0, config.steps), **arguments
         )
@@ -187,7 +189,7 @@ def build_dho2(
     if beside:
         # Nothing would be known of the curvature until the first one is through, and in
         # the beginning it changes faster than a slow one follows.
-        at_once = {first + step for step in (0, *early)}
+        at_once = {first + step for step in (0, *early) if step < period}
         refresh_at = at_once.__contains__
     elif fields.refresh == "external":
         refresh_at = functools.partial(

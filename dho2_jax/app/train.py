@@ -140,8 +140,8 @@ def stepper(
       seed: Of the batches.
 
     Returns:
-      `advance(step, params, state) -> (params, state, loss)`. Steps count from 0 and
-      follow each other; the host waits for no device.
+      `advance(step, params, state) -> (params, state, loss)`, for steps that follow
+      each other, from any on; the host waits for no device.
     """
     refresh_at, launch_at = optimizer.refresh_at, optimizer.launch_at
     sweep_of, overlap = optimizer.sweep_of, programs.overlap
