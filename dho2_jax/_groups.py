@@ -32,8 +32,8 @@ def parts_of(batch: PyTree, batch_spec: PyTree, axis: str) -> PyTree:
     if not all(map(is_spec, given)) or axis not in named:
         raise ValueError(
             "`batch_spec` must hold jax.sharding.PartitionSpecs, of which some name "
-            f"`stagger_axis`={axis!r}, got {batch_spec}; leave it None where it divides "
-            "every first dimension."
+            f"`stagger_axis`={axis!r}, got {batch_spec}; leave it None where that "
+            "divides every first dimension."
         )
 
     def spread(spec: P | None, subtree: PyTree) -> PyTree:

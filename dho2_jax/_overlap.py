@@ -114,7 +114,8 @@ def overlapped_refresh(
       param_specs: `PartitionSpec`s of the parameters on it, a tree or a prefix of one.
         None: replicated.
       batch_spec: Those of the batch, likewise. None: the first dimension over all axes
-        of `mesh`, where these divide it. A batch that lies on the mesh already stays as it is.
+        of `mesh`, where these divide it. A batch that lies on the mesh already stays as
+        it is.
 
     Returns:
       `OverlappedRefresh(launch, land)`, two functions.

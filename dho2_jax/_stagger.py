@@ -74,8 +74,9 @@ def staggered_value_and_grad(
       or `((value, aux), grads, product)`. `state` is any nest of Optax states that
       holds one DHO² state; it is only read. `aux` may hold numbers of any type, of
       which means over the groups are taken. Random keys among `args` (typed ones, or
-      `(2,)` uint32) serve for the gradient as they are, the same in each group; in the product others take their
-      place, fixed for a sweep, since all its products must be of one function.
+      `(2,)` uint32) serve for the gradient as they are, the same in each group; in the
+      product others take their place, fixed for a sweep, since all its products must be
+      of one function.
       `product` is opaque: `update` takes it for the step it was made in, and ignores
       it in any other.
 

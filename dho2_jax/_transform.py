@@ -123,9 +123,9 @@ def dho2(
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
-      ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic or
-      a staggered refresh, used with an external one to probe the curvature-set rate. It
-      need not be the training loss: a quarter of the batch serves. A staggered one
+      ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic
+      or a staggered refresh, used with an external one to probe the curvature-set rate.
+      It need not be the training loss: a quarter of the batch serves. A staggered one
       takes `product` instead, from `staggered_value_and_grad` on the state before.
 
     Raises:
