@@ -430,12 +430,15 @@ def make(loss_fn=network, axis="data", mesh=None, **kwargs):
     return dho2_jax.staggered_value_and_grad(loss_fn, **kwargs)
 
 
-def call(**options):
-    mesh = make_mesh(FOUR_BY_ONE)
+def call(batch_spec=None, **options):
     params = cases.parameters()
-    state = dho2_jax.dho2(optax.sgd(0.1), **SMALL | options | options).init(params)
-    svag = dho2_jax.staggered_value_and_grad(network, mesh=mesh, stagger_axis="data")
+    state = dho2_jax.dho2(optax.sgd(0.1), **SMALL | options).init(params)
+    svag = make(batch_spec=batch_spec)
     return jax.eval_shape(svag, params, BATCH, BATCH, state)
+
+
+def call_with(batch_spec):
+    return call(batch_spec, refresh="staggered", mesh=make_mesh(FOUR_BY_ONE))
 
 
 def update(with_product=True, with_params=True, **kwargs):
@@ -493,6 +496,14 @@ REFUSED = {
         "`state` must come from dho2.refresh='staggered', mesh=mesh.",
         lambda: call(refresh="staggered", mesh=jax.make_mesh((8,), ("data",))),
     ),
+    "spec_is_no_spec": (
+        "`batch_spec` must hold jax.sharding.PartitionSpecs, .* got data; leave it",
+        lambda: call_with("data"),
+    ),
+    "spec_without_the_axis": (
+        "`batch_spec` must .* of which some name `stagger_axis`='data', got .*'one'",
+        lambda: call_with(P("one")),
+    ),
     "no_state": (
         "`state` must hold exactly one DHO² state, got none",
         lambda: make()(cases.parameters(), BATCH, BATCH, ()),
@@ -513,6 +524,10 @@ REFUSED = {
     "neither": (
         "`value_fn` must be given to update with refresh='staggered', got None",
         lambda: update(with_product=False),
+    ),
+    "no_product": (
+        "`product` must be what staggered_value_and_grad returned, got float",
+        lambda: update(with_product=False, product=1.0),
     ),
     "no_params": (
         "`params` must be given to update together with `product`, got None",
