@@ -41,6 +41,7 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from dho2_jax.app import experiment as experiments
 from dho2_jax.app import measure as measuring
@@ -320,6 +321,9 @@ def _draw(path: pathlib.Path, seconds: dict[str, Sequence[float]], title: str) -
         axes.vlines(range(len(ms)), usual, ms, color=colour, linewidth=0.8, alpha=0.5)
         axes.set_yscale("log")
         axes.set_ylim(0.8 * low, 1.25 * high)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("ms")
         axes.set_title(name, loc="left", fontsize="medium")
         axes.grid(axis="y", alpha=0.3)

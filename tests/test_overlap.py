@@ -404,7 +404,9 @@ def test_mistakes():
 def test_what_lands_must_have_been_launched_with_this_state():
     loop = Loop(mesh_of((2,), 0), mesh_of((1,), 7), ("scalar", "tall"))
     other = Loop(mesh_of((2,), 2), mesh_of((1,), 7), ("scalar", "tall"))
-    with pytest.raises(ValueError, match="`pending` must be what launch returned, got"):
+    with pytest.raises(
+        ValueError, match="`pending` must be what launch returned for this state, got"
+    ):
         loop.land(None)
     with pytest.raises(ValueError, match="`pending` must come from a launch with this"):
         loop.land(other.launch())
