@@ -45,6 +45,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from dho2_jax.app import experiment as experiments
 from dho2_jax.app import measure as measuring
+from dho2_jax.app import optimizers
 from dho2_jax.app.experiment import Experiment
 from dho2_jax.app.programs import Programs
 from dho2_jax.app.train import stepper
@@ -226,7 +227,7 @@ def flops(options: argparse.Namespace) -> None:
     one = of(own, jax.value_and_grad(task.loss_fn))
     each = of(own, product) / one  # a product on as many examples
     part = batch // 8
-    m, period = _matvecs(experiment), config.optimizer.refresh_period
+    m, period = optimizers.num_matvecs(config), config.optimizer.refresh_period
     busy, shared = (m + 1) / period, each * part / batch
     balanced = max(1, int(group / each))
     rows = [
@@ -298,11 +299,6 @@ def _sizes(options: argparse.Namespace) -> list[str]:
 
 def _timed(options: argparse.Namespace, name: str, *overrides: str) -> Mode:
     return compiled(options.config, name, *_sizes(options), *overrides)
-
-
-def _matvecs(experiment: Experiment) -> int:
-    fields = experiment.config.optimizer
-    return fields.num_matvecs or fields.num_largest + fields.num_smallest + 4
 
 
 def _draw(path: pathlib.Path, seconds: dict[str, Sequence[float]], title: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dho2_jax._curvature import OPERATORS
+from dho2_jax._sharding import is_spec
 
 REFRESH_MODES = ("periodic", "staggered", "external")
 BASE_RATES = ("curvature", "fixed")
@@ -155,7 +156,7 @@ def make_config(
         negative_curvature=negative_curvature,
         seed=int(seed),
         mesh=mesh,
-        param_specs=_frozen(param_specs),
+        param_specs=None if param_specs is None else frozen_specs(param_specs),
         axis_name=axis_name,
         shard_base_state=shard_base_state,
     )
@@ -231,14 +232,9 @@ def _check_where(mesh: Any, param_specs: Any, axis_name: Any) -> tuple[str, ...]
     return tuple(names)
 
 
-def _frozen(specs: Any) -> tuple[Any, tuple[Any, ...]] | None:
+def frozen_specs(specs: Any) -> tuple[Any, tuple[Any, ...]]:
     """Returns a tree of partition specs as hashable parts."""
-    if specs is None:
-        return None
-    leaves, treedef = jax.tree.flatten(
-        specs,
-        is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | NamedSharding),
-    )
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
     return treedef, tuple(leaves)
 
 

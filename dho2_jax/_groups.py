@@ -80,10 +80,7 @@ def sum_in_slices(layout: Layout, leaves: list[Array], axis: str) -> Packed:
             in_specs[i] = as_spec([(axis,), *parts[1:]])
 
     def local(*leaves: Array) -> tuple[Array, ...]:
-        own = [x[0] for x in leaves]
-        stored = layouts.stack(layout, own)
-        if layout.small:
-            stored.append(layouts.to_slab(layout, [own[i] for i in layout.small]))
+        stored = layouts.to_stored(layout, [x[0] for x in leaves])
         return tuple(map(reduce, place.slice_specs, kept, stored))
 
     def reduce(spec: P, kept: list[tuple[str, ...]], x: Array) -> Array:

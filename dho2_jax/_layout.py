@@ -126,6 +126,14 @@ def stack(layout: Layout, leaves: list[Array]) -> list[Array]:
     return [jnp.stack([leaves[i] for i in group]) for group in layout.groups]
 
 
+def to_stored(layout: Layout, leaves: list[Array]) -> list[Array]:
+    """Returns the stored arrays of a vector that is given as leaves."""
+    stored = stack(layout, leaves)
+    if layout.small:
+        stored.append(to_slab(layout, [leaves[i] for i in layout.small]))
+    return stored
+
+
 def unstack(layout: Layout, stacks: list[Array]) -> dict[int, Array]:
     """Returns the leaves in the groups' arrays, by their number.
 

@@ -30,6 +30,7 @@ from dho2_jax._products import Products, products_at
 from dho2_jax._state import (
     Anchor,
     CurvatureState,
+    active_slots,
     find,
     is_active,
     layout_of_state,
@@ -194,7 +195,7 @@ def _note(ours: CurvatureState) -> _Noted:
     layout, rate = layout_of_state(ours), ours.rate
     unprobed, direction = jnp.zeros((), bool), None
     if rate is not None:
-        unprobed = _is_unprobed(rate)
+        unprobed = _rate.is_unprobed(rate)
         direction = refreshing.outside(
             layout, rate.direction, ours.subspace, is_active(ours)
         )
@@ -240,9 +241,7 @@ def _probed(
     nothing = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     if question.direction is None:
         return nothing
-    active = found.valid & question.enabled
-    if config.negative_curvature == "base":
-        active &= found.eigenvalues > 0
+    active = active_slots(config, found, question.enabled)
 
     def measure(direction: Packed) -> tuple[Array, Array]:
         return products.bend(refreshing.outside(layout, direction, found, active))
@@ -269,17 +268,12 @@ def _land(
     new = refreshing.install(ours, answer.found, anchor, rounding)
     if new.rate is not None:
         accepted = new.counters.refreshes > ours.counters.refreshes
-        due = accepted & noted.question.unprobed & _is_unprobed(new.rate)
+        due = accepted & noted.question.unprobed & _rate.is_unprobed(new.rate)
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
         probed = _rate.adjust(new.rate, answer.bend, answer.length, unlimited)
         rate = jax.tree.map(lambda a, b: jnp.where(due, a, b), probed, new.rate)
         new = new._replace(rate=rate)
     return slices.lay_out(layout_of_state(new), new)
-
-
-def _is_unprobed(rate: _rate.RateState) -> Array:
-    """Returns whether `update` had no loss to probe the rate with."""
-    return rate.slope_count >= 2 * _rate.PROBE_PERIOD
 
 
 # --- where everything lies -----------------------------------------------------------

@@ -150,6 +150,11 @@ def is_due(rate: RateState) -> Array:
     )
 
 
+def is_unprobed(rate: RateState) -> Array:
+    """Returns whether `update` had no loss to probe with: `()`, bool."""
+    return rate.slope_count >= 2 * PROBE_PERIOD
+
+
 def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:
     """Returns the rule after its first probe: s is at most a tenth of its s*."""
     safe = _FIRST * -slope / jnp.where(bend > 0, bend, 1.0)

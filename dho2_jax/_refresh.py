@@ -131,7 +131,9 @@ def compute_subspace(
 
     run = lanczos.run(
         product,
-        on_slices(lambda _, v: slices.flatten(v), probe(config, layout, attempt)),
+        on_slices(
+            lambda _, v: slices.flatten(v), start_vector(config, layout, attempt)
+        ),
         min(config.num_matvecs, layout.size),
         on_slices,
         in_range=True,
@@ -139,7 +141,9 @@ def compute_subspace(
     return read_out(config, layout, run)
 
 
-def probe(config: Config, layout: layouts.Layout, attempt: Array) -> layouts.Packed:
+def start_vector(
+    config: Config, layout: layouts.Layout, attempt: Array
+) -> layouts.Packed:
     """Returns the vector that a recursion starts from, another in each attempt."""
     key = jax.random.fold_in(jax.random.PRNGKey(config.seed), attempt)
     bits = jax.random.bits(key, (len(layout.stored),), jnp.uint32)
@@ -292,5 +296,4 @@ def _probe_if_unprobed(state: CurvatureState, products: Products) -> _rate.RateS
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
         return _rate.adjust(rate, *products.bend(along), unlimited)
 
-    unprobed = rate.slope_count >= 2 * _rate.PROBE_PERIOD
-    return jax.lax.cond(unprobed, measure, lambda r: r, rate)
+    return jax.lax.cond(_rate.is_unprobed(rate), measure, lambda r: r, rate)

@@ -235,10 +235,12 @@ def read_specs(
     return tuple(as_spec([axes_of(entry) for entry in spec]) for spec in found)
 
 
-def _broadcast(specs: PyTree, params: PyTree, name: str) -> list[P]:
-    def is_spec(x: Any) -> bool:
-        return x is None or isinstance(x, P | NamedSharding)
+def is_spec(x: Any) -> bool:
+    """Returns whether `x` says how one array is split."""
+    return x is None or isinstance(x, P | NamedSharding)
 
+
+def _broadcast(specs: PyTree, params: PyTree, name: str) -> list[P]:
     def spread(spec: Any, subtree: PyTree) -> list:
         if isinstance(spec, NamedSharding):
             spec = spec.spec

@@ -119,8 +119,8 @@ def scatter(
       The vector; large leaves keep their dtypes, the slab is float32.
     """
     place = layout.placement
-    small = [leaves[i] for i in layout.small]
     if place is not None and place.mesh is not None:
+        small = [leaves[i] for i in layout.small]
         specs = base_specs(layout)
         leaves = [
             constrain(x, place.mesh, s) for x, s in zip(leaves, specs, strict=True)
@@ -129,9 +129,7 @@ def scatter(
         if small:
             stored.append(_slab_on_mesh(layout, place, small))
         return lay_out(layout, Packed(tuple(stored), layout))
-    stored = layouts.stack(layout, leaves)
-    if small:
-        stored.append(layouts.to_slab(layout, small))
+    stored = layouts.to_stored(layout, leaves)
     if place is not None:
         first = len(layout.groups) if sliced else 0
         stored[first:] = [

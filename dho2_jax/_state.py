@@ -160,9 +160,14 @@ def placed_layout(config: Config, params: PyTree) -> layouts.Layout:
 
 def is_active(state: CurvatureState) -> Array:
     """Returns which slots take part in a step: `(k + l,)`, bool."""
-    active = state.subspace.valid & state.enabled
-    if state.config.negative_curvature == "base":
-        active &= state.subspace.eigenvalues > 0
+    return active_slots(state.config, state.subspace, state.enabled)
+
+
+def active_slots(config: Config, subspace: subspaces.Subspace, enabled: Array) -> Array:
+    """Returns which slots of a subspace would take part in a step."""
+    active = subspace.valid & enabled
+    if config.negative_curvature == "base":
+        active &= subspace.eigenvalues > 0
     return active
 
 

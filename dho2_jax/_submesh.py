@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from dho2_jax import _layout as layouts
 from dho2_jax import _sharding as sharding
 from dho2_jax import _slices as slices
-from dho2_jax._config import Config
+from dho2_jax._config import Config, frozen_specs
 from dho2_jax._layout import Layout
 from dho2_jax._types import Array, PyTree
 
@@ -34,16 +34,12 @@ def abstract(tree: PyTree, layout: Layout) -> PyTree:
 def laid_out(tree: PyTree, mesh: Mesh, specs: Any, name: str) -> PyTree:
     """Returns the shapes of a tree, with the shardings that `specs` gives them."""
 
-    def is_spec(x: Any) -> bool:
-        return x is None or isinstance(x, P | NamedSharding)
-
     def shape(x: Any, spec: P) -> jax.ShapeDtypeStruct:
         where = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where)
 
-    flat, prefix = jax.tree.flatten(specs, is_leaf=is_spec)
     shapes = jax.tree.map(lambda x: shape(x, P()), tree)
-    found = sharding.read_specs(shapes, mesh, (prefix, tuple(flat)), name)
+    found = sharding.read_specs(shapes, mesh, frozen_specs(specs), name)
     leaves = map(shape, jax.tree.leaves(tree), found)
     return jax.tree.unflatten(jax.tree.structure(tree), list(leaves))
 

@@ -186,7 +186,7 @@ def _begin(state: CurvatureState, part: list[Array]) -> CurvatureState:
         rejected=counters.rejected + given_up.astype(jnp.int32)
     )
     state = state._replace(counters=counters)
-    vector = refreshing.probe(state.config, layout, refreshing.attempts(state))
+    vector = refreshing.start_vector(state.config, layout, refreshing.attempts(state))
 
     def start(inner: Inner, vector: Packed) -> lanczos.LanczosState:
         return lanczos.start(vector, m, inner, in_range=True)

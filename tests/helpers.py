@@ -4,6 +4,9 @@ Oracles are dense: `jax.hessian`, NumPy in float64, or spectra known by construc
 """
 
 import itertools
+import os
+import signal
+import socket
 
 import jax
 import jax.flatten_util
@@ -159,3 +162,29 @@ def up_to_sign(rows, reference):
     """Largest distance between rows of unit vectors, each up to its sign."""
     signs = np.sign(np.sum(rows * reference, axis=1))
     return np.max(np.linalg.norm(rows * signs[:, None] - reference, axis=1))
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def surroundings(num_devices, **more):
+    """The environment of a short process with so many virtual CPU devices."""
+    kept = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    return (
+        kept
+        | more
+        | {
+            "JAX_NUM_CPU_DEVICES": str(num_devices),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+    )
+
+
+def hear_interrupts():
+    """For `preexec_fn`: a shell lets what it starts with `&` ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

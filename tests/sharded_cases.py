@@ -298,3 +298,32 @@ def assert_unused_untouched(params):
         now, then = (np.ravel(x)[UNUSED[name] :] for x in (params[name], start[name]))
         assert len(now) > 200
         np.testing.assert_array_equal(now, then, err_msg=name)
+
+
+def step_on(tx, names, check_vma=True):
+    """One step on a device's share of the batch, the loss without collectives."""
+
+    def step(params, state, batch):
+        own = params
+        if check_vma:  # else the derivative would be summed over the devices
+            own = jax.tree.map(lambda x: jax.lax.pcast(x, names, to="varying"), params)
+        value, grads = jax.value_and_grad(loss)(own, batch)
+        value, grads = jax.lax.pmean((value, grads), names)
+        updates, state = tx.update(
+            grads, state, params, value_fn=lambda p: loss(p, batch)
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def shard_mapped(mesh, check_vma, function, in_specs, out_specs):
+    """The caller's own `shard_map`, compiled."""
+    local = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=check_vma,
+    )
+    return jax.jit(local, compiler_options=FAST)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import hear_interrupts
 
 from dho2_jax.app import cli, experiment, optimizers
 
@@ -292,6 +293,7 @@ def test_ctrl_c_keeps_what_was_written(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        preexec_fn=hear_interrupts,
     ) as process:
         try:
             deadline = time.monotonic() + 120

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers import free_port, hear_interrupts, surroundings
 
 from dho2_jax.app import cli, distributed, experiment
 from dho2_jax.app.errors import UserError
@@ -35,18 +35,11 @@ PATIENCE = 120  # for what takes seconds on an idle machine
 
 def start(tmp_path, steps):
     """Starts two processes of four devices each; what they say goes to files."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        name: value for name, value in os.environ.items() if "proxy" not in name.lower()
-    } | {
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
-    }
+    environment = surroundings(
+        4,
+        JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}",
+        JAX_NUM_PROCESSES="2",
+    )
     processes = []
     for index in range(2):
         command = [
@@ -59,7 +52,11 @@ def start(tmp_path, steps):
         with open(tmp_path / f"said{index}", "w") as said:
             processes.append(
                 subprocess.Popen(
-                    command, stdout=said, stderr=subprocess.STDOUT, env=environment
+                    command,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    preexec_fn=hear_interrupts,
                 )
             )
     return processes

@@ -1,9 +1,10 @@
 """`axis_name=`: the same numbers inside the caller's own `shard_map` or `pmap`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import up_to_sign
 from jax.sharding import Mesh, NamedSharding
@@ -17,8 +18,9 @@ from sharded_cases import (
     assert_unused_untouched,
     batch,
     dense,
-    loss,
     parameters,
+    shard_mapped,
+    step_on,
 )
 
 import dho2_jax
@@ -30,23 +32,6 @@ def transformation(axis_name, **kwargs):
     return dho2_jax.dho2(
         PROBLEMS["few"].base(), axis_name=axis_name, **OPTIONS | kwargs
     )
-
-
-def step_on(tx, names, check_vma=True):
-    """One step on a device's share of the batch, the loss without collectives."""
-
-    def step(params, state, batch):
-        own = params
-        if check_vma:  # else the derivative would be summed over the devices
-            own = jax.tree.map(lambda x: jax.lax.pcast(x, names, to="varying"), params)
-        value, grads = jax.value_and_grad(loss)(own, batch)
-        value, grads = jax.lax.pmean((value, grads), names)
-        updates, state = tx.update(
-            grads, state, params, value_fn=lambda p: loss(p, batch)
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    return step
 
 
 def make_mesh(shape, names):
@@ -85,16 +70,7 @@ def test_shard_map_trains_as_one_device(
     shares = jax.device_put(batch(), NamedSharding(mesh, P(names)))
     specs = dho2_jax.state_specs(tx, params)
 
-    def mapped(function, in_specs, out_specs):
-        local = jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=check_vma,
-        )
-        return jax.jit(local, compiler_options=FAST)
-
+    mapped = functools.partial(shard_mapped, mesh, check_vma)
     state = mapped(tx.init, P(), specs)(params)
     where = dho2_jax.state_shardings(tx, params, mesh)
     for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):

@@ -4,15 +4,14 @@ And splits for which processes would have to exchange numbers, refused by all of
 """
 
 import json
-import os
 import pathlib
 import re
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers import free_port, surroundings
 
 WORKER = pathlib.Path(__file__).with_name("overlap_worker.py")
 PATIENCE = 200  # for what takes seconds on an idle machine
@@ -20,16 +19,7 @@ PATIENCE = 200  # for what takes seconds on an idle machine
 
 def run(split, processes, tmp_path):
     """Returns what each process printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        name: value for name, value in os.environ.items() if "proxy" not in name.lower()
-    } | {
-        "JAX_NUM_CPU_DEVICES": str(8 // processes),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    port, environment = free_port(), surroundings(8 // processes)
     started, files = [], []
     try:
         for index in range(processes):

@@ -27,10 +27,11 @@ from sharded_cases import (
     assert_same_run,
     assert_unused_untouched,
     batch,
-    loss,
     make_mesh,
     parameters,
     plain_source,
+    shard_mapped,
+    step_on,
 )
 
 import dho2_jax
@@ -417,23 +418,6 @@ def test_the_state_can_be_donated():
     assert_same_numbers(state, expected.state)
 
 
-def step_on(tx, check_vma):
-    """One step on a device's share of the batch, the loss without collectives."""
-
-    def step(params, state, batch):
-        own = params
-        if check_vma:  # else the derivative would be summed over the devices
-            own = jax.tree.map(lambda x: jax.lax.pcast(x, ("d",), to="varying"), params)
-        value, grads = jax.value_and_grad(loss)(own, batch)
-        value, grads = jax.lax.pmean((value, grads), "d")
-        updates, state = tx.update(
-            grads, state, params, value_fn=lambda p: loss(p, batch)
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
 def on_axis():
     problem = PROBLEMS["staggered"]
     return dho2_jax.dho2(problem.base(), axis_name="d", **OPTIONS | problem.options)
@@ -447,18 +431,11 @@ def test_shard_map_trains_as_one_device(check_vma):
     )
     specs = dho2_jax.state_specs(tx, params)
 
-    def mapped(function, in_specs, out_specs):
-        local = jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=check_vma,
-        )
-        return jax.jit(local, compiler_options=FAST)
-
+    mapped = functools.partial(shard_mapped, mesh, check_vma)
     state = mapped(tx.init, P(), specs)(params)
-    step = mapped(step_on(tx, check_vma), (P(), specs, P("d")), (P(), specs, P()))
+    step = mapped(
+        step_on(tx, ("d",), check_vma), (P(), specs, P("d")), (P(), specs, P())
+    )
     losses = []
     for _ in range(STEPS):
         params, state, value = step(params, state, batch())
@@ -478,7 +455,7 @@ def test_pmap_trains_as_one_device():
     first = NamedSharding(make_mesh(LAYOUTS["8"]), P("d"))
     params, shares = jax.device_put((params, shares), first)
     init = jax.jit(jax.pmap(tx.init, axis_name="d"), compiler_options=FAST)
-    step = jax.pmap(step_on(tx, check_vma=False), axis_name="d")
+    step = jax.pmap(step_on(tx, ("d",), check_vma=False), axis_name="d")
     step = jax.jit(step, compiler_options=FAST)
     state, losses = init(params), []
     for _ in range(steps):

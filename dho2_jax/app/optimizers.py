@@ -38,7 +38,6 @@ class Optimizer(NamedTuple):
     label: str  # for people: "DHO² (Adam)"
     transform: optax.GradientTransformationExtraArgs
     hybrid: bool = False  # takes a value_fn and has dho2 metrics
-    gauss_newton: bool = False  # that value_fn is a pair of functions
     curvature: str = "hessian"
     refresh_at: Callable[[int], bool] | None = None  # steps at which the loop refreshes
     sweep_of: Callable[[int], int] | None = None  # the staggered sweep of a step
@@ -46,6 +45,11 @@ class Optimizer(NamedTuple):
     launch_at: Callable[[int], bool] | None = None  # steps at which it launches one
     curvature_mesh: Any = None  # devices that refresh while the others train
     land_after: int = 0  # steps from such a refresh's launch to its use
+
+    @property
+    def gauss_newton(self) -> bool:
+        """Whether that value_fn is a pair of functions."""
+        return self.curvature == "ggn"
 
 
 BASES: dict[str, tuple[str, Callable[..., optax.GradientTransformation]]] = {
@@ -200,8 +204,8 @@ def build_dho2(
         )
     later = {"refresh_period": period, "warmup_steps": first + period}
     if fields.refresh == "staggered":
-        m = fields.num_matvecs or fields.num_largest + fields.num_smallest + 4
-        sweep_of = functools.partial(dho2_jax.sweep_index, num_matvecs=m, **later)
+        later["num_matvecs"] = num_matvecs(config)
+        sweep_of = functools.partial(dho2_jax.sweep_index, **later)
     elif beside:
         launch_at = functools.partial(dho2_jax.should_refresh, **later)
     return Optimizer(
@@ -209,7 +213,6 @@ def build_dho2(
         f"DHO² ({BASES[fields.base][0]})",
         transform,
         hybrid=True,
-        gauss_newton=fields.curvature == "ggn",
         curvature=fields.curvature,
         refresh_at=refresh_at,
         launch_at=launch_at,
@@ -218,3 +221,13 @@ def build_dho2(
         curvature_mesh=curvature_mesh,
         land_after=config.land_after or max(1, fields.refresh_period // 4),
     )
+
+
+def num_matvecs(config: Config) -> int:
+    """Returns m, the Lanczos steps of a refresh, with dho2's own default.
+
+    Args:
+      config: A completed config.
+    """
+    fields = config.optimizer
+    return fields.num_matvecs or fields.num_largest + fields.num_smallest + 4
