@@ -6,6 +6,8 @@ so that an elementwise optimizer then needs no communication at all, and only it
 is gathered.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dho2_jax import _layout as layouts
 from dho2_jax import _slices as slices
 from dho2_jax._config import Config
 from dho2_jax._layout import Layout, Packed
@@ -37,7 +40,7 @@ def update(
     state: optax.OptState,
     params: PyTree | None,
     extra_args: dict[str, Any],
-) -> tuple[list[Any], Any, Packed, optax.OptState]:
+) -> tuple[list[Any], Callable[[list[Any]], PyTree], Packed, optax.OptState]:
     """Runs the base optimizer on the complement.
 
     Args:
@@ -50,13 +53,13 @@ def update(
       extra_args: For the base optimizer.
 
     Returns:
-      The dtypes and the tree of the base's updates, the updates d in slices, and the
-      new state.
+      The dtypes of the base's updates d, a function that puts others in their place,
+      d in slices, and the new state.
     """
     layout = complement.layout
-    leaves, treedef = jax.tree.flatten(grads)
+    part, merge = layouts.restrict(grads, layout, "`updates`")
     sliced = config.shard_base_state
-    seen = slices.gather(complement, [x.dtype for x in leaves], sliced=sliced)
+    seen = slices.gather(complement, [x.dtype for x in part], sliced=sliced)
     params = None if params is None else _seen(config, layout, params)
 
     def call(grads, state, params):
@@ -65,16 +68,19 @@ def update(
     mesh = config.mesh
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         call = _under_auto_axes(call, base, config, layout)
-    updates, state = call(jax.tree.unflatten(treedef, seen), state, params)
-    steps, treedef = jax.tree.flatten(updates)
+    updates, state = call(merge(seen), state, params)
+    found, treedef = jax.tree.flatten(updates)
+    rebuild = functools.partial(jax.tree.unflatten, treedef)
+    steps, merge = layouts.inside(found, rebuild, layout)
     if mesh is not None and not sliced:
         # Or the compiler would split the base's own work as well: the matrix products
         # of Muon, for one, with a reduction for each.
-        where = specs_seen(config, layout)
+        assert layout.placement is not None
+        where = layout.placement.param_specs
         steps = [constrain(x, mesh, s) for x, s in zip(steps, where, strict=True)]
     vector = slices.scatter(layout, steps, sliced=sliced)
     state = _laid_out(base, config, layout, state)
-    return [x.dtype for x in steps], treedef, vector, state
+    return [x.dtype for x in steps], merge, vector, state
 
 
 def marks(base: Any, state: PyTree, layout: Layout) -> PyTree:
@@ -83,7 +89,7 @@ def marks(base: Any, state: PyTree, layout: Layout) -> PyTree:
     It is -1 where a leaf has not the shape of a parameter, and throughout for a base
     whose `init` cannot be followed by `optax.tree_map_params`.
     """
-    numbers = jax.tree.unflatten(layout.treedef, range(len(layout.shapes)))
+    numbers = jax.tree.unflatten(layout.treedef, range(len(layout.seen)))
 
     def is_hole(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
@@ -91,7 +97,7 @@ def marks(base: Any, state: PyTree, layout: Layout) -> PyTree:
     def visit(leaf: Any, number: Any) -> Any:
         if is_hole(leaf):
             return leaf
-        return number if tuple(jnp.shape(leaf)) == layout.shapes[number] else -1
+        return number if tuple(jnp.shape(leaf)) == layout.seen[number] else -1
 
     try:
         return optax.tree_map_params(
@@ -112,11 +118,14 @@ def specs(marks: PyTree, known: tuple[P, ...]) -> PyTree:
 
 
 def specs_seen(config: Config, layout: Layout) -> tuple[P, ...]:
-    """Returns where the base optimizer sees each parameter."""
-    assert layout.placement is not None
-    if config.shard_base_state:
-        return slices.base_specs(layout)
-    return layout.placement.param_specs
+    """Returns where the base optimizer sees each parameter that `init` saw."""
+    place = layout.placement
+    assert place is not None
+    sliced = config.shard_base_state
+    inside = slices.base_specs(layout) if sliced else place.param_specs
+    known = dict(zip(layout.inside, inside, strict=True))
+    known |= dict(zip(layout.outside, place.outside_specs, strict=True))
+    return tuple(known[i] for i in range(len(known)))
 
 
 def _laid_out(base: Any, config: Config, layout: Layout, state: PyTree) -> PyTree:
@@ -156,10 +165,8 @@ def _seen(config: Config, layout: Layout, params: PyTree) -> PyTree:
     place = layout.placement
     if not (place and place.axis_name and config.shard_base_state):
         return params
-    leaves, treedef = jax.tree.flatten(params)
-    if len(leaves) != len(layout.shapes):
+    if len(jax.tree.leaves(params)) != len(layout.seen):
         return params
-    packed = slices.scatter(layout, leaves)
-    return jax.tree.unflatten(
-        treedef, slices.gather(packed, [x.dtype for x in leaves], sliced=True)
-    )
+    part, merge = layouts.restrict(params, layout)
+    packed = slices.scatter(layout, part)
+    return merge(slices.gather(packed, [x.dtype for x in part], sliced=True))

@@ -35,6 +35,7 @@ STATIC_ARGS = (
     "mesh",
     "param_specs",
     "axis_name",
+    "curvature_mask",
     "shard_base_state",
 )
 """Arguments of `dho2` and its aliases that `optax.inject_hyperparams` must keep static.

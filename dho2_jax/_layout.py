@@ -11,10 +11,12 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dho2_jax._sharding import LANES, SPLITS, Placement, splits_evenly
@@ -26,13 +28,24 @@ from dho2_jax._types import Array, PyTree
 class Layout:
     """The static facts about the parameters, and where their slices lie."""
 
-    treedef: Any
-    shapes: tuple[tuple[int, ...], ...]
+    treedef: Any  # of the parameters that `init` saw
+    seen: tuple[tuple[int, ...], ...]  # their shapes
     placement: Placement | None = None  # None: wherever the caller's arrays are
+    outside: tuple[int, ...] = ()  # those of them that `curvature_mask` leaves out
+
+    @functools.cached_property
+    def inside(self) -> tuple[int, ...]:
+        """Which of the parameters take part in the curvature."""
+        return tuple(i for i in range(len(self.seen)) if i not in set(self.outside))
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the parameters that take part."""
+        return tuple(self.seen[i] for i in self.inside)
 
     @property
     def size(self) -> int:
-        """n, the number of parameters."""
+        """n, the number of parameters that take part."""
         return sum(map(math.prod, self.shapes))
 
     @property
@@ -107,10 +120,44 @@ def with_layout(tree: PyTree, layout: Layout) -> PyTree:
     return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
 
 
-def layout_of(params: PyTree) -> Layout:
+def layout_of(params: PyTree, outside: tuple[int, ...] = ()) -> Layout:
     """Returns the layout of a pytree of arrays or `ShapeDtypeStruct`s."""
     leaves, treedef = jax.tree.flatten(params)
-    return Layout(treedef, tuple(tuple(jnp.shape(x)) for x in leaves))
+    seen = tuple(tuple(jnp.shape(x)) for x in leaves)
+    return Layout(treedef, seen, outside=outside)
+
+
+def masked_out(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree]):
+    """Returns which leaves of `params` a `curvature_mask` leaves out, by number.
+
+    Raises:
+      ValueError: If it is no prefix of the parameters' tree that holds bools, or leaves
+        out everything.
+    """
+    mask = mask(params) if callable(mask) else mask
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise ValueError(
+                "`curvature_mask` must hold bools, got "
+                f"{type(leaf).__name__}; True for what takes part in the curvature."
+            )
+    try:
+        spread = jax.tree.map(
+            lambda flag, part: [bool(flag)] * len(jax.tree.leaves(part)), mask, params
+        )
+    except ValueError as error:
+        raise ValueError(
+            "`curvature_mask` must be a prefix of the parameters' tree, got "
+            f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}; give one "
+            "bool for each parameter or subtree."
+        ) from error
+    flags = jax.tree.leaves(spread)
+    if flags and not any(flags):
+        raise ValueError(
+            "`curvature_mask` must be True somewhere, got False for all parameters; to "
+            "train without curvature use the base optimizer alone."
+        )
+    return tuple(i for i, flag in enumerate(flags) if not flag)
 
 
 def zeros(layout: Layout, rows: tuple[int, ...] = ()) -> Packed:
@@ -190,22 +237,20 @@ def noise(layout: Layout, bits: Array) -> Packed:
     return Packed(leaves, layout)
 
 
-def check_shapes(leaves: list, layout: Layout, name: str) -> None:
+def _check_shapes(leaves: list, layout: Layout, name: str) -> None:
     """Raises unless the leaves are as many, and of the shapes, that `init` saw."""
-    shapes = tuple(tuple(jnp.shape(x)) for x in leaves)
-    if shapes == layout.shapes:
+    shapes, seen = tuple(tuple(jnp.shape(x)) for x in leaves), layout.seen
+    if shapes == seen:
         return
-    if len(shapes) != len(layout.shapes):
+    if len(shapes) != len(seen):
         raise ValueError(
-            f"{name} must have the {len(layout.shapes)} arrays that init saw, got "
+            f"{name} must have the {len(seen)} arrays that init saw, got "
             f"{len(shapes)}; pass the same pytree everywhere."
         )
-    i = next(
-        i for i, (a, b) in enumerate(zip(shapes, layout.shapes, strict=True)) if a != b
-    )
+    i = next(i for i, (a, b) in enumerate(zip(shapes, seen, strict=True)) if a != b)
     raise ValueError(
         f"{name} must have the shapes that init saw, got {shapes[i]} for "
-        f"{layout.shapes[i]} at leaf {i}; pass the same pytree everywhere."
+        f"{seen[i]} at leaf {i}; pass the same pytree everywhere."
     )
 
 
@@ -215,19 +260,63 @@ def has_holes(tree: PyTree) -> bool:
 
 
 def restrict(params: PyTree, layout: Layout, name: str = "`params`"):
-    """Finds the leaves of `layout` in `params`, which may hold others besides.
+    """Finds the leaves that take part in the curvature.
+
+    Returns:
+      `(part, merge)`: the list of these leaves, and a function from such a list to a
+      pytree like `params`, with all others as they are.
+    """
+    return inside(*match(params, layout, name), layout)
+
+
+def inside(
+    leaves: list[Any], rebuild: Callable[[list[Any]], PyTree], layout: Layout
+) -> tuple[list[Any], Callable[[list[Any]], PyTree]]:
+    """Returns what `restrict` does, from what `match` does."""
+    if not layout.outside:
+        return leaves, rebuild
+
+    def merge(part):
+        whole = list(leaves)
+        for i, x in zip(layout.inside, part, strict=True):
+            whole[i] = x
+        return rebuild(whole)
+
+    return [leaves[i] for i in layout.inside], merge
+
+
+def map_outside(change: Callable[[Any], Any], params: PyTree, layout: Layout) -> PyTree:
+    """Returns `params` with `change` made to what `curvature_mask` leaves out."""
+    if not layout.outside:
+        return params
+    leaves, rebuild = match(params, layout)
+    for i in layout.outside:
+        leaves[i] = change(leaves[i])
+    return rebuild(leaves)
+
+
+def with_holes(layout: Layout, part: list[Any]) -> PyTree:
+    """Returns a pytree of the leaves that take part, `MaskedNode` for the others."""
+    whole: list[Any] = [optax.MaskedNode()] * len(layout.seen)
+    for i, x in zip(layout.inside, part, strict=True):
+        whole[i] = x
+    return jax.tree.unflatten(layout.treedef, whole)
+
+
+def match(params: PyTree, layout: Layout, name: str = "`params`"):
+    """Finds the leaves that `init` saw in `params`, which may hold others besides.
 
     Inside `optax.masked` and `optax.partition` the state is made from a tree in which
     `MaskedNode` stands for what is left out; `refresh` gets the whole tree.
 
     Returns:
-      `(part, merge)`: the list of leaves that belong to the state, and a function from
-      such a list to a pytree like `params`.
+      `(leaves, rebuild)`: the list of leaves that `init` saw, and a function from such
+      a list to a pytree like `params`.
     """
     leaves, treedef = jax.tree.flatten(params)
-    template = jax.tree.unflatten(layout.treedef, range(len(layout.shapes)))
-    if not has_holes(template) or len(leaves) == len(layout.shapes):
-        check_shapes(leaves, layout, name)
+    template = jax.tree.unflatten(layout.treedef, range(len(layout.seen)))
+    if not has_holes(template) or len(leaves) == len(layout.seen):
+        _check_shapes(leaves, layout, name)
         return leaves, lambda part: jax.tree.unflatten(treedef, part)
 
     slots, prefix = jax.tree.flatten(template, is_leaf=_is_hole)
@@ -239,9 +328,9 @@ def restrict(params: PyTree, layout: Layout, name: str = "`params`"):
             f"leaves out, got {treedef}; pass the whole parameter tree."
         ) from error
     part = [s for slot, s in zip(slots, subtrees, strict=True) if not _is_hole(slot)]
-    check_shapes(part, layout, name)
+    _check_shapes(part, layout, name)
 
-    def merge(new):
+    def rebuild(new):
         new = iter(new)
         filled = [
             s if _is_hole(slot) else next(new)
@@ -249,7 +338,7 @@ def restrict(params: PyTree, layout: Layout, name: str = "`params`"):
         ]
         return jax.tree.unflatten(prefix, filled)
 
-    return part, merge
+    return part, rebuild
 
 
 def _is_hole(x: Any) -> bool:

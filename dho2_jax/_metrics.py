@@ -5,7 +5,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dho2_jax import _layout as layouts
@@ -39,7 +38,7 @@ def subspace(state: PyTree) -> subspaces.Subspace:
             layout = dataclasses.replace(vectors.layout, placement=None)
             vectors = layouts.Packed(vectors.leaves, layout)
         leaves = gather(vectors, [jnp.float32] * len(vectors.layout.shapes))
-        vectors = jax.tree.unflatten(vectors.layout.treedef, leaves)
+        vectors = layouts.with_holes(vectors.layout, leaves)
     return ours._replace(eigenvectors=vectors)
 
 

@@ -77,7 +77,7 @@ def refresh(
 
 
 def maybe_refresh(
-    state: CurvatureState, params: Params, products: Products
+    state: CurvatureState, part: tuple[Array, ...], products: Products
 ) -> CurvatureState:
     """Refreshes when the period is full or the parameters have drifted too far."""
     config = state.config
@@ -87,7 +87,6 @@ def maybe_refresh(
         # Not at once again where the last one was rejected.
         rested = state.count - state.counters.attempted_at >= config.num_matvecs
         due |= rested & (since > 0) & (drift(state) > config.max_drift)
-    part = tuple(jnp.asarray(x) for x in jax.tree.leaves(params))
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
     return jax.lax.cond(

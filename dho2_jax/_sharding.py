@@ -34,8 +34,9 @@ class Placement:
 
     mesh: Mesh | None  # with `mesh=`, else None
     axis_name: tuple[str, ...]  # with `axis_name=`, else empty
-    param_specs: tuple[P, ...]  # of each parameter
+    param_specs: tuple[P, ...]  # of each parameter that takes part
     slice_specs: tuple[P, ...]  # of each stored array, without its rows
+    outside_specs: tuple[P, ...] = ()  # of each that `curvature_mask` leaves out
 
     @property
     def axes(self) -> tuple[str, ...]:

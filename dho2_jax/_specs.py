@@ -15,7 +15,7 @@ from dho2_jax import _base as bases
 from dho2_jax import _layout as layouts
 from dho2_jax import _sharding as sharding
 from dho2_jax import _slices as slices
-from dho2_jax._state import DHO2State, find, is_ours, layout_of_state
+from dho2_jax._state import DHO2State, find, is_ours, layout_of_state, on_mesh
 from dho2_jax._types import Params, PyTree
 
 
@@ -92,14 +92,14 @@ def _specs(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
         return jax.tree.map(lambda _: P(), state)
     ours, everything = find(state), layouts.layout_of(params)
     config, layout = ours.config, layout_of_state(ours)
-    mine = _numbers(everything, layout)
+    seen = _numbers(everything, layout)
     if mesh is None:
         known = (P(),) * len(everything.shapes)
     else:
         known = sharding.read_specs(params, mesh, config.param_specs)
-        place = sharding.place_on_mesh(
-            mesh, [known[i] for i in mine], layout.groups, layout.stored
-        )
+        placed = on_mesh(layout, mesh, [known[i] for i in seen])
+        place = placed.placement
+        assert place is not None
         if config.mesh is None and not config.axis_name:
             # Nothing splits them further: large leaves follow their parameters.
             follow = [
@@ -110,8 +110,8 @@ def _specs(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
             place = dataclasses.replace(place, slice_specs=tuple(follow))
         if not config.axis_name:
             layout = dataclasses.replace(layout, placement=place)
-    seen = dict(enumerate(known))
-    seen |= dict(zip(mine, bases.specs_seen(config, layout), strict=True))
+    by_base = dict(enumerate(known))
+    by_base |= dict(zip(seen, bases.specs_seen(config, layout), strict=True))
     marks = bases.marks(tx, state, everything)
 
     def visit(node: Any, marked: Any) -> Any:
@@ -120,7 +120,7 @@ def _specs(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
         curvature = slices.specs_of(layouts.with_layout(node.curvature, layout))
         if config.mesh is None:
             curvature = layouts.with_layout(curvature, layout_of_state(node.curvature))
-        base_state = bases.specs(marked.base_state, tuple(seen.values()))
+        base_state = bases.specs(marked.base_state, tuple(by_base.values()))
         return DHO2State(base_state, curvature)
 
     return jax.tree.map(visit, state, marks, is_leaf=is_ours)
@@ -143,15 +143,13 @@ def _abstract_state(tx: Any, params: Params) -> PyTree:
 
 
 def _numbers(everything: layouts.Layout, layout: layouts.Layout) -> list[int]:
-    """Returns which of all parameters those are that a mask left to the state."""
+    """Returns which of all parameters those are that `init` saw."""
     stand_ins = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in everything.shapes
     ]
     number = {id(x): i for i, x in enumerate(stand_ins)}
-    part, _ = layouts.restrict(
-        jax.tree.unflatten(everything.treedef, stand_ins), layout
-    )
-    return [number[id(x)] for x in part]
+    found, _ = layouts.match(jax.tree.unflatten(everything.treedef, stand_ins), layout)
+    return [number[id(x)] for x in found]
 
 
 def _mesh_of(params: Params) -> Mesh:

@@ -2,13 +2,14 @@
 """The state of the transformation, and how to find it in a nest of Optax states."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from dho2_jax import _lanczos as lanczos
 from dho2_jax import _layout as layouts
@@ -78,14 +79,16 @@ class DHO2State(NamedTuple):
     curvature: CurvatureState
 
 
-def init_curvature(config: Config, params: PyTree) -> CurvatureState:
+def init_curvature(
+    config: Config, params: PyTree, outside: tuple[int, ...] = ()
+) -> CurvatureState:
     """Returns the state before any refresh, for parameters of any (abstract) leaves.
 
     On a pytree without leaves, which is what `optax.tree_map_params` and empty groups
     of parameters pass, single empty arrays stand for the stored vectors: such a state
-    is a prefix of the real one.
+    is a prefix of the real one. `outside` are leaves that take no part.
     """
-    layout = placed_layout(config, params)
+    layout = placed_layout(config, params, outside)
 
     def zeros(*rows: int) -> Any:
         if layout.shapes:
@@ -132,29 +135,46 @@ def _no_sweep(m: int, zeros: Callable[..., Any]) -> SweepState:
     return SweepState(run, zeros(), _no_anchor())
 
 
-def placed_layout(config: Config, params: PyTree) -> layouts.Layout:
+def placed_layout(
+    config: Config, params: PyTree, outside: tuple[int, ...]
+) -> layouts.Layout:
     """Returns the layout of the parameters with the place of its slices.
 
     Raises:
       ValueError: If the parameters or `param_specs` do not fit the mesh.
     """
-    layout = layouts.layout_of(params)
+    layout = layouts.layout_of(params, outside)
     if not layout.shapes:
         return layout  # `param_specs` are those of the real parameters
     if config.mesh is not None:
-        place = sharding.place_on_mesh(
-            config.mesh,
-            sharding.read_specs(params, config.mesh, config.param_specs),
-            layout.groups,
-            layout.stored,
-        )
-    elif config.axis_name:
+        specs = sharding.read_specs(params, config.mesh, config.param_specs)
+        return on_mesh(layout, config.mesh, specs)
+    if config.axis_name:
         place = sharding.place_on_axes(
             config.axis_name, len(layout.shapes), len(layout.groups), layout.stored
         )
+        everywhere = (P(),) * len(layout.outside)
+        place = dataclasses.replace(place, outside_specs=everywhere)
     else:
         sharding.check_not_explicit(params)
         place = None
+    return dataclasses.replace(layout, placement=place)
+
+
+def on_mesh(
+    layout: layouts.Layout, mesh: jax.sharding.Mesh, specs: Sequence[P]
+) -> layouts.Layout:
+    """Returns the layout over all axes of a mesh.
+
+    Args:
+      layout: Without a place.
+      mesh: The mesh.
+      specs: Of all parameters that `init` saw.
+    """
+    inside = [specs[i] for i in layout.inside]
+    place = sharding.place_on_mesh(mesh, inside, layout.groups, layout.stored)
+    outside = tuple(specs[i] for i in layout.outside)
+    place = dataclasses.replace(place, outside_specs=outside)
     return dataclasses.replace(layout, placement=place)
 
 

@@ -46,6 +46,7 @@ def dho2(
     mesh: jax.sharding.Mesh | None = None,
     param_specs: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
+    curvature_mask: Any = None,
     shard_base_state: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A Newton step in the sharpest subspace, any first-order optimizer elsewhere.
@@ -117,6 +118,11 @@ def dho2(
         data axis or axes. `value_fn` is then the mean loss of this device's share of
         the batch, without collectives; `updates` are averaged already; parameters are
         equal on all devices; the state is this device's slice. Static.
+      curvature_mask: Which parameters take part in the curvature: bools in a tree like
+        the parameters or a prefix of one, or a function that makes such a tree of them.
+        What is False costs no curvature memory and no curvature work; its update is the
+        base optimizer's, times `rate_schedule`. The base optimizer sees all parameters,
+        and so do `value_fn` and `refresh`. None: all take part. Static.
       shard_base_state: Keep the base's own state in slices too (ZeRO-1). With
         `axis_name` the base then sees slices of large matrices: for elementwise bases
         only. None: True with `mesh`, else False. Static.
@@ -171,17 +177,19 @@ def dho2(
     base = optax.with_extra_args_support(base_optimizer)
 
     def init_fn(params: optax.Params) -> Any:
-        if jax.tree.leaves(params):
-            check_params(params, "init")
-            size = layouts.layout_of(params).size
-            if config.size > size:
-                raise ValueError(
-                    "`num_largest` + `num_smallest` must be at most the number of "
-                    f"parameters, got {config.size} for {size}; lower them."
-                )
         if not jax.tree.leaves(params):
             return DHO2State(base.init(params), init_curvature(config, params))
-        ours = init_curvature(config, params)
+        outside = ()
+        if curvature_mask is not None:
+            outside = layouts.masked_out(params, curvature_mask)
+        layout = layouts.layout_of(params, outside)
+        check_params(layouts.map_outside(_nothing, params, layout), "init")
+        if config.size > layout.size:
+            raise ValueError(
+                "`num_largest` + `num_smallest` must be at most the number of "
+                f"parameters, got {config.size} for {layout.size}; lower them."
+            )
+        ours = init_curvature(config, params, outside)
         layout = layout_of_state(ours)
         base_state = bases.init(base, config, layout, params)
         return DHO2State(base_state, lay_out(layout, ours))
@@ -199,8 +207,7 @@ def dho2(
         if value_fn is not None:
             extra_args["value_fn"] = value_fn
         ours = state.curvature
-        grads = jax.tree.leaves(updates)
-        if not grads:
+        if not jax.tree.leaves(updates):
             updates, base_state = base.update(
                 updates, state.base_state, params, **extra_args
             )
@@ -208,8 +215,9 @@ def dho2(
             return updates, DHO2State(base_state, ours)
 
         layout = layout_of_state(ours)
-        layouts.check_shapes(grads, layout, "`updates`")
-        check_params(updates, "update", "updates")
+        grads, _ = layouts.restrict(updates, layout, "`updates`")
+        shown = layouts.map_outside(_nothing, updates, layout)
+        check_params(shown, "update", "updates")
         check_source(config, params, value_fn, matvec_fn, product)
         products = probe = None
         if config.refresh == "staggered":
@@ -217,9 +225,9 @@ def dho2(
                 product = make_product(ours, params, value_fn, matvec_fn)
             ours, probe = advance(ours, params, product)
         elif value_fn is not None or matvec_fn is not None:
-            products = products_at(config, layout, params, value_fn, matvec_fn)[1]
+            part, products = products_at(config, layout, params, value_fn, matvec_fn)
             if config.refresh == "periodic":
-                ours = maybe_refresh(ours, params, products)
+                ours = maybe_refresh(ours, part, products)
 
         rates = stepping.Rates(
             newton=_at(newton_learning_rate, ours.count),
@@ -229,7 +237,7 @@ def dho2(
             schedule=_at(rate_schedule, ours.count),
         )
         parts = stepping.split(ours, scatter(layout, grads))
-        dtypes, treedef, steps, base_state = bases.update(
+        dtypes, merge, steps, base_state = bases.update(
             base,
             ours.config,
             updates,
@@ -240,10 +248,18 @@ def dho2(
         )
         vector, ours = stepping.join(ours, parts, steps, rates, products, probe)
         ours = ours._replace(count=optax.safe_increment(ours.count))
-        new_updates = jax.tree.unflatten(treedef, gather(vector, dtypes))
+        new_updates = layouts.map_outside(
+            lambda x: (rates.schedule * x).astype(x.dtype),
+            merge(gather(vector, dtypes)),
+            layout,
+        )
         return new_updates, DHO2State(base_state, lay_out(layout, ours))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _nothing(_: Any) -> None:
+    """Stands for a leaf that is left out."""
 
 
 def _at(rate: ScalarOrSchedule, count: Array) -> Array:

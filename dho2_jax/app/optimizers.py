@@ -28,7 +28,7 @@ BASE_DEFAULTS: dict[str, Any] = {
 }
 # `config.optimizer.schedule` takes the place of the first; the others follow from
 # `config.mesh_shape` and the fields beside it.
-NOT_FIELDS = ("rate_schedule", "mesh", "param_specs", "axis_name")
+NOT_FIELDS = ("rate_schedule", "mesh", "param_specs", "axis_name", "curvature_mask")
 
 
 class Optimizer(NamedTuple):
