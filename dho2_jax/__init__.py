@@ -12,6 +12,7 @@ from dho2_jax._alias import dho2_muon as dho2_muon
 from dho2_jax._alias import dho2_nesterov as dho2_nesterov
 from dho2_jax._alias import dho2_sgd as dho2_sgd
 from dho2_jax._alias import fosi as fosi
+from dho2_jax._chunks import chunked_value_fn as chunked_value_fn
 from dho2_jax._config import STATIC_ARGS as STATIC_ARGS
 from dho2_jax._curvature import ggn_vp as ggn_vp
 from dho2_jax._curvature import hvp as hvp

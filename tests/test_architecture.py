@@ -14,7 +14,7 @@ import pytest
 import dho2_jax
 
 ROOT = pathlib.Path(dho2_jax.__file__).parent
-CORE = sorted(ROOT.glob("*.py"))
+CORE = sorted(ROOT.glob("_*.py"))
 EVERYTHING = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
@@ -22,8 +22,8 @@ LAYERS = (
     {"linalg", "sharding", "axes"},
     {"transfer", "curvature", "lanczos", "spectrum", "layout"},
     {"slices", "groups", "subspace", "rate", "config"},
-    {"state", "schedule", "submesh"},
-    {"base", "products", "metrics"},
+    {"state", "schedule", "submesh", "chunks"},
+    {"base", "products", "metrics", "restore"},
     {"refresh", "specs"},
     {"step", "sweep", "overlap"},
     {"transform", "stagger"},
@@ -98,7 +98,7 @@ def test_the_core_imports_jax_optax_and_the_standard_library_alone(path):
     allowed = {"jax", "optax", "numpy", "dho2_jax"} | sys.stdlib_module_names
     names = imports(path)
     assert {name.split(".")[0] for name in names} <= allowed
-    assert not any(name.startswith("dho2_jax.app") for name in names)
+    assert not any(name.startswith(("dho2_jax.app", "dho2_jax.nnx")) for name in names)
 
 
 def attributes(path):
@@ -120,8 +120,8 @@ def test_only_public_apis_and_no_global_configuration(path):
     assert not [name for name in names if name.endswith("float64")]
 
 
-def test_the_application_uses_public_names_alone():
-    for path in sorted((ROOT / "app").rglob("*.py")):
+def test_the_application_and_the_flax_helpers_use_public_names_alone():
+    for path in [*sorted((ROOT / "app").rglob("*.py")), ROOT / "nnx.py"]:
         assert not core_imports(path), f"{path.name} reaches into the core"
 
 

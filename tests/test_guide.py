@@ -1,0 +1,91 @@
+"""Every block of the guide runs alone, trains, and refreshes without a rejection."""
+
+import collections
+import functools
+import math
+import pathlib
+import re
+import types
+
+import jax
+import pytest
+
+import dho2_jax
+
+nnx = pytest.importorskip("flax.nnx")
+
+ROOT = pathlib.Path(__file__).parents[1]
+GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8")
+RECIPES = {
+    section.split("\n")[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    for section in re.split(r"^### ", GUIDE, flags=re.MULTILINE)[1:]
+}
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def state_of(names):
+    """The optimizer's state, in whatever the block keeps it."""
+    holder = names.get("optimizer") or names.get("ts")
+    return names["state"] if holder is None else holder.opt_state
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """How often each function that a block jits is traced, by name."""
+    counts: collections.Counter = collections.Counter()
+
+    def counting(jit):
+        def jitted(function, **kwargs):
+            if not isinstance(function, types.FunctionType):  # Flax's, of its own jit
+                return jit(function, **kwargs)
+
+            @functools.wraps(function)
+            def counted(*args):
+                counts[function.__name__] += 1
+                return function(*args)
+
+            return jit(counted, **kwargs)
+
+        return jitted
+
+    for module in (jax, nnx):
+        monkeypatch.setattr(module, "jit", counting(module.jit))
+    return counts
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_a_recipe_runs_alone(heading, traces, capsys):
+    (block,) = RECIPES[heading]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 30
+    names: dict = {}
+    exec(compile(block, heading, "exec"), names)
+    first, last = float(names["values"][0]), float(names["values"][-1])
+    assert math.isfinite(last) and last < 0.7 * first
+    seen = dho2_jax.metrics(state_of(names))
+    assert int(seen["refreshes"]) >= 2 and int(seen["rejected"]) == 0
+    assert int(seen["num_active"]) > 0
+    assert traces["step"] == 1 and traces["refresh"] <= 1
+    assert capsys.readouterr().out.count("\n") >= 1
+
+
+def test_code_is_in_recipes_alone():
+    assert GUIDE.count("```python") == len(RECIPES) >= 15
+
+
+def test_links_lead_somewhere():
+    pages = {"": GUIDE, "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    for page, anchor in re.findall(r"\]\(([\w.]*)#([\w-]+)\)", GUIDE):
+        headings = re.findall(r"^#+ (.*)$", pages[page], re.MULTILINE)
+        anchors = [
+            re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+        ]
+        assert anchor in anchors, f"{page}#{anchor}"
+
+
+def test_what_the_guide_says_of_metrics_is_of_real_ones():
+    section = GUIDE.split("## Read the metrics")[1].split("\n## ")[0]
+    keys = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", section, re.MULTILINE)
+    named = {name for key in keys for name in re.findall(r"\w+", key)}
+    tx = dho2_jax.dho2_sgd(0.1, num_largest=1)
+    assert named and named <= set(dho2_jax.metrics(tx.init({})))
