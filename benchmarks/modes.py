@@ -48,7 +48,7 @@ from dho2_jax.app import measure as measuring
 from dho2_jax.app import optimizers
 from dho2_jax.app.experiment import Experiment
 from dho2_jax.app.programs import Programs
-from dho2_jax.app.train import stepper
+from dho2_jax.app.train import Stepper
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -263,7 +263,7 @@ class _Run:
         mode = self.mode
         self.count = 0
         self.params, self.state = mode.programs.start(np.uint32(0))
-        self.advance = stepper(
+        self.advance = Stepper(
             mode.experiment.task, mode.optimizer, mode.programs, seed=0
         )
         jax.block_until_ready((self.params, self.state))

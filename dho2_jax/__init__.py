@@ -24,6 +24,7 @@ from dho2_jax._metrics import metrics as metrics
 from dho2_jax._metrics import subspace as subspace
 from dho2_jax._overlap import overlapped_refresh as overlapped_refresh
 from dho2_jax._refresh import refresh as refresh
+from dho2_jax._restore import check_restorable as check_restorable
 from dho2_jax._schedule import should_refresh as should_refresh
 from dho2_jax._schedule import sweep_index as sweep_index
 from dho2_jax._specs import state_shardings as state_shardings

@@ -68,6 +68,7 @@ def test_train_end_to_end(name, tmp_path, capsys):
     assert status == 0, output.err
     assert "Adam: validation loss" in output.out
     assert "sharpness" in output.err and "refreshes" in output.err
+    assert "WARNING" not in output.err and "Going on" not in output.err
     for optimizer in ("dho2", "base"):
         rows = read_rows(workdir / optimizer / "metrics.jsonl")
         assert [row["step"] for row in rows] == [0, 5, 10, 15, 20]
@@ -314,11 +315,15 @@ def test_ctrl_c_keeps_what_was_written(tmp_path):
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["dho2"]["interrupted"] is True
     assert list((workdir / "dho2").glob("events.out.tfevents.*"))
+    assert "The same command goes on from there." in output
+    checkpoints = [path.name for path in (workdir / "dho2" / "checkpoints").iterdir()]
+    assert str(rows[-1]["step"]) in checkpoints
 
 
 def test_help_and_missing_extras():
     for arguments, expected in (
-        (["--help"], ["train", "compare", "--config.NAME=VALUE"]),
+        (["--help"], ["train", "compare", "spectrum", "--config.NAME=VALUE"]),
+        (["spectrum", "--help"], ["CHECKPOINT", "--picture"]),
         (["train", "--help"], ["CONFIG", "metrics.jsonl", "plot.png"]),
     ):
         process = subprocess.run(

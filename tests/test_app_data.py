@@ -1,10 +1,16 @@
 """The data: no overlap, batches a pure function of (seed, step), known ranges."""
 
+import json
+import types
+
+import grain
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from dho2_jax.app import data, images
+from dho2_jax.app import data, images, share
+from dho2_jax.app.errors import UserError
 
 DATASETS = {
     "patches": lambda: images.patches(
@@ -38,6 +44,76 @@ def test_batches_depend_on_seed_and_step_only(name):
         assert not np.array_equal(reference, leaves(first.train_batch(seed, step))[0])
     for a, b in zip(leaves(first.validation), leaves(second.validation), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_parts_of_all_processes_make_the_batch(name):
+    dataset = DATASETS[name]()
+    for count in (2, 4):
+        parts = [
+            dataset.batches(3, share.Share(index, count))[7] for index in range(count)
+        ]
+        assert all(len(leaves(part)[0]) == 32 // count for part in parts)
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        for a, b in zip(leaves(whole), leaves(dataset.train_batch(3, 7)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_an_iterator_goes_on_where_another_stopped(name):
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    dataset = DATASETS[name]()
+    iterator = iter(dataset.batches(3).to_iter_dataset(options))
+    for _ in range(3):
+        next(iterator)
+    position = json.loads(json.dumps(iterator.get_state()))
+    again = iter(DATASETS[name]().batches(3).to_iter_dataset(options))
+    again.set_state(position)
+    for step in (3, 4):
+        for a, b, c in zip(
+            leaves(next(iterator)),
+            leaves(next(again)),
+            leaves(dataset.train_batch(3, step)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(a, c)
+
+
+def test_batches_do_not_end():
+    dataset = DATASETS["digits"]()
+    assert dataset.batches(0) is dataset.batches(0)
+    assert len(dataset.batches(0)) > 2**50
+    dataset.train_batch(0, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("examples", "shape", "spec"),
+    [
+        (16, (8,), P("a")),
+        (16, (4, 2), P(("a", "b"))),
+        (12, (4, 2), P("a")),  # eight do not divide it, four do
+        (10, (8,), P()),
+    ],
+)
+def test_parts_become_a_global_batch(examples, shape, spec):
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    mesh = jax.make_mesh(shape, ("a", "b")[: len(shape)], axis_types=kinds)
+    batch = np.arange(examples * 3.0).reshape(examples, 3), np.arange(examples)
+    joined = share.join(batch, mesh)
+    for a, b in zip(joined, batch, strict=True):
+        np.testing.assert_array_equal(a, b)
+        wanted = jax.sharding.NamedSharding(mesh, spec)
+        assert a.sharding.is_equivalent_to(wanted, a.ndim)
+    assert share.join(batch, None) is batch
+    assert share.of_this_process() == share.Share(0, 1)
+
+
+def test_processes_must_have_equally_many_devices():
+    devices = [types.SimpleNamespace(process_index=i) for i in (1, 0, 0, 1)]
+    share.check_processes(devices)
+    with pytest.raises(UserError, match=r"each process.* got \[2, 1\]; use hosts"):
+        share.check_processes(devices[:-1])
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -124,7 +200,10 @@ def test_scenes_show_digits_on_photographs():
     row, column = np.argwhere(digit == 0)[0]
     piece = pixels[0, row * 5 :, column * 5 :][:5, :5].transpose(2, 0, 1)
     assert (windows / 2 == piece).all((-3, -2, -1)).any()
-    # And where it is not, its value is added.
+    # And where it is not, its value is added: in every image its own digit's.
+    cells = 2 * pixels.reshape(64, 8, 5, 8, 5, 3)
+    values = train[chosen].reshape(64, 8, 1, 8, 1, 1)
+    assert (cells >= values - 1e-6).all() and (cells <= values + 1 + 1e-6).all()
     row, column = np.unravel_index(digit.argmax(), (8, 8))
     piece = pixels[0, row * 5 :, column * 5 :][:5, :5].transpose(2, 0, 1)
     background = 2 * piece - digit[row, column]

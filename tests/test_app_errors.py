@@ -56,6 +56,9 @@ def fails(arguments, capsys):
         ("--config.optimizer.num_largest=0", "config.optimizer: `num_largest`"),
         ("--config.optimizer.num_matvecs=2", "config.optimizer: `num_matvecs`"),
         ("--config.optimizer.refresh=never", "config.optimizer: `refresh`"),
+        ("--config.checkpoint_every=-1", "must not be negative, got -1; 0 saves no"),
+        ("--config.keep_checkpoints=0", "must be at least 1, got 0"),
+        ("--config.resume=sometimes", "`config.resume` must be 'auto', 'never' or"),
         ("--steps=3", "--steps=3"),
     ],
 )

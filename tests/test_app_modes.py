@@ -8,7 +8,7 @@ from test_app_mesh import DIGITS, SMALL
 
 from dho2_jax.app import experiment, measure
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.train import stepper
+from dho2_jax.app.train import Stepper
 
 STAGGERED = "optimizer.refresh=staggered"
 LONGER = ("steps=40", "optimizer.refresh_period=12", "optimizer.early_refreshes=(3,)")
@@ -89,7 +89,7 @@ def test_a_run_taken_up_in_mid_sweep_measures_on_the_same_batch():
 
     recorded = programs._replace(step=step, refresh=lambda state, params, batch: state)
     for begin in (12, 20):
-        advance = stepper(built.task, built.dho2, recorded, seed=0)
+        advance = Stepper(built.task, built.dho2, recorded, seed=0)
         for i in range(begin, 23):
             advance(i, None, None)
     first = taken[0]

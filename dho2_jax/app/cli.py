@@ -16,11 +16,14 @@ from typing import NoReturn
 from dho2_jax.app import distributed
 from dho2_jax.app.errors import UserError, nearest
 
-EXTRA = "PIL absl flax matplotlib ml_collections sklearn tensorboardX tqdm".split()
+EXTRA = (
+    *"PIL absl flax grain matplotlib ml_collections orbax sklearn".split(),
+    *("tensorboardX", "tqdm"),
+)
 INTERRUPTED = 130  # what a shell expects after SIGINT
 
-COMMANDS = ("train", "compare", "plan")
-OPTIONS = ("--help", "--topology", "--json", *distributed.OPTIONS)
+COMMANDS = ("train", "compare", "plan", "spectrum")
+OPTIONS = ("--help", "--topology", "--json", "--picture", *distributed.OPTIONS)
 
 DESCRIPTION = """\
 Train with DHO²: a Newton step in the sharpest directions of the loss, any Optax
@@ -30,14 +33,21 @@ EPILOG = """\
 example:
   dho2 train configs/patch_autoencoder.py --config.optimizer.num_largest=20
   dho2 compare configs/digits_mlp.py --config.num_seeds=3
+  dho2 spectrum runs/patch_autoencoder
   dho2 plan configs/gpt2_124m.py --topology v5e:16x16
 
 Every field of a config file can be set by --config.NAME=VALUE.
 """
 TRAIN = """\
 Trains with DHO², then with its base optimizer alone on the same budget, and writes
-metrics.jsonl, TensorBoard events, config.json, summary.json and plot.png into
-config.workdir (default: runs/<name of the config>; never written over).
+metrics.jsonl, TensorBoard events, checkpoints, config.json, summary.json and plot.png
+into config.workdir (default: runs/<name of the config>).
+
+Stopped by Ctrl-C or killed, the same command goes on from the last checkpoint, also on
+other devices (--config.mesh_shape). A finished run, or one with another config, is
+never written over: a new directory is made. --config.resume=never begins anew,
+--config.resume=DIRECTORY goes on with a run of other values, such as more steps.
+--config.checkpoint_every=0 saves none.
 """
 COMPARE = """\
 Trains the base optimizer alone and DHO² on the same budget with several seeds
@@ -49,6 +59,11 @@ programs that `dho2 train` runs for the chips named by --topology, and prints me
 collectives and FLOPs for each chip, also for half and for double as many. No TPU is
 needed, but its compiler, libtpu, is (pip install libtpu). A compilation for 256 chips
 takes a minute or more; its results are remembered.
+"""
+SPECTRUM = """\
+Prints the curvature that a checkpoint holds (eigenvalues with bounds on their errors,
+refreshes, age and more) and draws it. CHECKPOINT is the directory of a run, of one of
+its checkpoints, or any other in which Orbax saved a DHO² state, in any nest.
 """
 
 
@@ -88,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         distributed.add_options(command)
     _add_plan(commands)
+    _add_spectrum(commands)
     return parser
 
 
@@ -111,6 +127,25 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     command.add_argument(
         "--json", metavar="FILE", help="write what was measured there as well"
+    )
+
+
+def _add_spectrum(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """Adds the command that reads what others saved."""
+    command = commands.add_parser(
+        "spectrum",
+        help="the curvature that a checkpoint holds, as a table and a picture",
+        description=SPECTRUM,
+        usage="dho2 spectrum [-h] CHECKPOINT [--picture FILE]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory")
+    command.add_argument(
+        "--picture",
+        metavar="FILE",
+        default="spectrum.png",
+        help="where to draw it, default spectrum.png",
     )
 
 
@@ -151,21 +186,25 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     if options.command == "plan":
         return _plan(options, overrides)
+    if options.command == "spectrum":
+        return _spectrum(options, overrides)
     distributed.join(
         distributed.members(vars(options), os.environ), options.heartbeat_seconds
     )
     from dho2_jax.app import compare, experiment, train
 
+    _quieten_orbax()
     with train.interruptible() as should_stop:
-        prepared = experiment.prepare(options.config, overrides)
-        if options.command == "train":
+        training = options.command == "train"
+        prepared = experiment.prepare(options.config, overrides, may_resume=training)
+        if training:
             runs = experiment.train_both(prepared, should_stop)
         else:
             runs = compare.compare(prepared, should_stop)
         picture = experiment.draw(prepared, runs)
     if prepared.directory is None:
         return 0  # the first of many processes writes and prints
-    if options.command == "train":
+    if training:
         for run in runs:
             print(_sentence(experiment.outcome(run)))
     else:
@@ -177,10 +216,19 @@ def _run(arguments: Sequence[str]) -> int:
             f"Stopped by Ctrl-C at step {runs[-1].rows[-1]['step']} of "
             f"{runs[-1].optimizer.label}; what was written is kept in "
             f"{prepared.directory}, with the picture {picture}."
+            + " The same command goes on from there."
+            * (prepared.place is not None)
         )
         return INTERRUPTED
     print(f"Wrote {picture} and, beside it, metrics as JSONL and TensorBoard events.")
     return 0
+
+
+def _quieten_orbax() -> None:
+    """Leaves its errors alone: it warns of files that need not be there."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -196,6 +244,30 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     print(plan_table.table(measured, options.topology))
     if file is not None:
         writers.write_json(file, measured)
+    return 0
+
+
+def _spectrum(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Prints and draws the curvature in a checkpoint."""
+    if overrides:
+        raise UserError(
+            f"`dho2 spectrum` takes no fields of a config, got `{overrides[0]}`; give "
+            "it a directory alone."
+        )
+    picture = pathlib.Path(options.picture)
+    if picture.is_dir() or not picture.parent.is_dir():
+        raise UserError(
+            f"`--picture` must name a file in a directory that exists, got `{picture}`."
+        )
+    from dho2_jax.app import plots, spectrum
+
+    _quieten_orbax()
+    found, rows = spectrum.load(options.checkpoint)
+    print(spectrum.table(found))
+    plots.plot_spectrum(
+        picture, found, rows, title=f"DHO² curvature in {options.checkpoint}"
+    )
+    print(f"\nDrew {picture}.")
     return 0
 
 

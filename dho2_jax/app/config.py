@@ -30,6 +30,9 @@ RUN_DEFAULTS: dict[str, Any] = {
     "land_after": 0,  # steps until such a refresh is used; 0: a quarter of its period
     "log_every": 10,
     "eval_every": 50,
+    "checkpoint_every": 500,  # updates; at the end and by Ctrl-C too; 0: never
+    "keep_checkpoints": 2,
+    "resume": "auto",  # or "never", or the directory of a run to go on with
     "train_base": True,
     "base_schedule": "constant",
     "workdir": "",  # empty: runs/<name of the config file>
@@ -249,9 +252,15 @@ def validate(config: Config) -> None:
     Raises:
       UserError: If a value is out of its range.
     """
-    for name in ("steps", "batch_size", "num_seeds", "log_every", "eval_every"):
+    counts = ("steps", "batch_size", "num_seeds", "log_every", "eval_every")
+    for name in (*counts, "keep_checkpoints"):
         if config[name] < 1:
             raise UserError(f"`config.{name}` must be at least 1, got {config[name]}.")
+    if config.checkpoint_every < 0:
+        raise UserError(
+            "`config.checkpoint_every` must not be negative, got "
+            f"{config.checkpoint_every}; 0 saves no checkpoints."
+        )
     for name, value in config.task.items():
         if type(value) is int and value < 1:
             raise UserError(f"`config.task.{name}` must be at least 1, got {value}.")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a config to runs on disk: what `dho2 train` and `dho2 compare` share."""
 
+import functools
 import math
 import pathlib
 import sys
@@ -8,10 +9,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
+from dho2_jax.app import (
+    checkpoint,
+    distributed,
+    optimizers,
+    placement,
+    plots,
+    resume,
+    writers,
+)
 from dho2_jax.app import config as configs
-from dho2_jax.app import distributed, optimizers, placement, plots, writers
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.programs import Programs, compile_programs
 from dho2_jax.app.task import Task
@@ -30,29 +40,63 @@ class Experiment(NamedTuple):
     mesh: jax.sharding.Mesh | None  # None: one device
     param_specs: Any  # of PartitionSpecs, with a mesh
     directory: pathlib.Path | None = None  # None: nothing is written by this process
+    place: resume.Place | None = None  # None: without checkpoints
 
 
-def prepare(path: str, overrides: Sequence[str]) -> Experiment:
+def prepare(
+    path: str, overrides: Sequence[str], may_resume: bool = False
+) -> Experiment:
     """Loads a config file and builds the experiment that it describes.
 
     Args:
       path: The config file.
       overrides: `--config.NAME=VALUE` arguments.
+      may_resume: Whether the command saves checkpoints and goes on from them.
 
     Returns:
-      The experiment; its directory exists, is new, and holds `config.json`. Among many
-      processes only the first has one.
+      The experiment; its directory exists and holds `config.json`. It is new, unless a
+      run is resumed. Among many processes only the first has one.
 
     Raises:
       UserError: If anything in the config is wrong.
     """
     config = read_config(path, overrides)
     experiment = build(pathlib.Path(path).stem, config)
-    if not distributed.is_first():
-        return experiment
-    directory = writers.free_directory(config.workdir or f"runs/{experiment.name}")
-    writers.write_json(directory / "config.json", config.to_dict())
-    return experiment._replace(directory=directory)
+    place = resume.choose(config, experiment.name, may_resume)
+    if place.is_resumed:
+        try:
+            _check_fits(experiment, place)
+        except BaseException:
+            resume.release(place)
+            raise
+    directory = place.directory if distributed.is_first() else None
+    if directory is not None and place.is_resumed:
+        writers.write_json(directory / "config.json", config.to_dict())
+    saves = may_resume and (place.is_resumed or config.checkpoint_every > 0)
+    if saves and not place.is_shared:
+        if directory is not None:
+            tqdm.write(
+                f"Without checkpoints: not all processes see {directory}.",
+                file=sys.stderr,
+            )
+        saves = False
+    return experiment._replace(directory=directory, place=place if saves else None)
+
+
+def _check_fits(experiment: Experiment, place: resume.Place) -> None:
+    """Checks that what was saved has the shape of what the config describes."""
+    for optimizer in chosen(experiment):
+        params = placement.abstract(
+            jax.eval_shape(experiment.task.init, 0),
+            placement.param_shardings(experiment.mesh, experiment.param_specs),
+        )
+        state = jax.eval_shape(optimizer.transform.init, params)
+        resume.check_fits(place, optimizer.name, experiment.config, params, state)
+
+
+def chosen(experiment: Experiment) -> list[optimizers.Optimizer]:
+    """Returns the optimizers that `dho2 train` runs, in order."""
+    return [experiment.dho2] + [experiment.base] * experiment.config.train_base
 
 
 def read_config(path: str, overrides: Sequence[str]) -> configs.Config:
@@ -161,19 +205,45 @@ def run_one(
     Returns:
       The run.
     """
-    config = experiment.config
-    with writers.open_log(directory) as write:
-        return train(
-            experiment.task,
-            optimizer,
-            programs,
-            seed=seed,
-            steps=config.steps,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            write=write,
-            should_stop=should_stop,
-        )
+    config, place = experiment.config, experiment.place
+    saved = place and place.directory / optimizer.name / resume.CHECKPOINTS
+    with checkpoint.open_manager(saved, config.keep_checkpoints) as manager:
+        resumed, rows = None, []
+        if saved is not None and (steps := checkpoint.steps_in(saved)):
+            params, state = programs.start(np.uint32(seed))
+            resumed = checkpoint.restore(manager, steps[-1], params, state)
+            rows = _kept_rows(directory, resumed[2].rows)
+            if distributed.is_first():
+                tqdm.write(
+                    f"Going on with {optimizer.label} from step {steps[-1]}, as saved "
+                    f"in {saved}.",
+                    file=sys.stderr,
+                )
+        save = None
+        if manager is not None and config.checkpoint_every:
+            save = functools.partial(checkpoint.save, manager)
+        with writers.open_log(directory, rows) as write:
+            return train(
+                experiment.task,
+                optimizer,
+                programs,
+                seed=seed,
+                steps=config.steps,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                write=write,
+                should_stop=should_stop,
+                resumed=resumed,
+                rows=rows,
+                save=save,
+                save_every=config.checkpoint_every,
+            )
+
+
+def _kept_rows(directory: pathlib.Path | None, count: int) -> list[writers.Row]:
+    """Returns the rows that were written before a checkpoint."""
+    path = None if directory is None else directory / "metrics.jsonl"
+    return writers.read_rows(path)[:count] if path and path.is_file() else []
 
 
 def below(experiment: Experiment, name: str) -> pathlib.Path | None:
@@ -213,27 +283,48 @@ def train_both(experiment: Experiment, should_stop: Callable[[], bool]) -> list[
     Returns:
       The runs, DHO² first; the last may have been interrupted.
     """
+    try:
+        return _train_all(experiment, should_stop)
+    finally:
+        resume.release(experiment.place)
+
+
+def _train_all(experiment: Experiment, should_stop: Callable[[], bool]) -> list[Run]:
     runs = []
-    chosen = [experiment.dho2] + [experiment.base] * experiment.config.train_base
-    for optimizer in chosen:
-        programs = compile_for(experiment, optimizer)
-        if should_stop() and runs:
-            break
-        run = run_one(
-            experiment,
-            optimizer,
-            programs,
-            seed=experiment.config.seed,
-            directory=below(experiment, optimizer.name),
-            should_stop=should_stop,
-        )
+    for optimizer in chosen(experiment):
+        run = _finished(experiment, optimizer)
+        if run is None:
+            programs = compile_for(experiment, optimizer)
+            if should_stop() and runs:
+                break
+            run = run_one(
+                experiment,
+                optimizer,
+                programs,
+                seed=experiment.config.seed,
+                directory=below(experiment, optimizer.name),
+                should_stop=should_stop,
+            )
         runs.append(run)
+        if experiment.directory is not None:
+            summary = {run.optimizer.name: outcome(run) for run in runs}
+            writers.write_json(experiment.directory / "summary.json", summary)
         if run.interrupted:
             break
-    if experiment.directory is not None:
-        summary = {run.optimizer.name: outcome(run) for run in runs}
-        writers.write_json(experiment.directory / "summary.json", summary)
     return runs
+
+
+def _finished(experiment: Experiment, optimizer: optimizers.Optimizer) -> Run | None:
+    """Returns the run of an optimizer that a resumed experiment need not repeat."""
+    place, config = experiment.place, experiment.config
+    if place is None or not place.is_resumed:
+        return None
+    said = resume.finished(place.directory, optimizer.name, config.steps)
+    path = place.directory / optimizer.name / "metrics.jsonl"
+    if said is None or not path.is_file():
+        return None
+    rows = writers.read_rows(path)
+    return Run(optimizer, config.seed, said["compile_seconds"], rows)
 
 
 def outcome(run: Run) -> writers.Row:

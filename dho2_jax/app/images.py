@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 
-from dho2_jax.app.data import Dataset, generator
+from dho2_jax.app.data import Dataset, drawn, generator
 from dho2_jax.app.errors import UserError
 
 
@@ -97,8 +97,8 @@ def patches(
     offsets = (edge[:, None] * pixels.shape[2] + edge).ravel()
     pixels = pixels.ravel()
 
-    def train_batch(seed: int, step: int) -> np.ndarray:
-        starts = generator(seed, step).choice(train_starts, size=batch_size)
+    def draw(random: np.random.Generator, rows: slice) -> np.ndarray:
+        starts = random.choice(train_starts, size=batch_size)[rows]
         return pixels[starts[:, None] + offsets]
 
     def validation() -> np.ndarray:
@@ -106,7 +106,7 @@ def patches(
         return pixels[starts[:, None] + offsets]
 
     spec = jax.ShapeDtypeStruct((batch_size, patch_size**2), np.float32)
-    return Dataset(train_batch, spec, validation)
+    return Dataset(drawn(batch_size, draw), spec, validation)
 
 
 def digits_split(
@@ -126,7 +126,8 @@ def digits_split(
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    pixels, labels = (pixels / 16).astype(np.float32), labels.astype(np.int32)
+    pixels = np.asarray(pixels, np.float32) / 16
+    labels = np.asarray(labels, np.int32)
     if num_validation >= len(labels):
         raise UserError(
             f"config.task.num_validation must leave some of the {len(labels)} images "
@@ -158,15 +159,15 @@ def digits(batch_size: int, *, num_validation: int) -> Dataset:
             f"got {batch_size}."
         )
 
-    def train_batch(seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = generator(seed, step).permutation(len(labels))[:batch_size]
+    def draw(random: np.random.Generator, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        chosen = random.permutation(len(labels))[:batch_size][rows]
         return pixels[chosen], labels[chosen]
 
     spec = (
         jax.ShapeDtypeStruct((batch_size, pixels.shape[1]), np.float32),
         jax.ShapeDtypeStruct((batch_size,), np.int32),
     )
-    return Dataset(train_batch, spec, lambda: held_out)
+    return Dataset(drawn(batch_size, draw), spec, lambda: held_out)
 
 
 def scenes(
@@ -206,24 +207,25 @@ def scenes(
     train, held_out = digits_split(num_validation)
     nearest = np.arange(image_size) * 8 // image_size
 
-    def paint(digits: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def paint(
+        digits: np.ndarray, random: np.random.Generator, part: slice = slice(None)
+    ) -> np.ndarray:
         number = len(digits)
+        digits = digits.reshape(-1, 8, 8)
         rows = random.integers(height - image_size + 1, size=number)
         columns = random.integers(width - image_size + 1, size=number)
         which = random.integers(len(colours()), size=number)
-        painted = np.empty((number, image_size, image_size, 3), np.float32)
-        for image, digit, photograph, row, column in zip(
-            painted, digits.reshape(-1, 8, 8), which, rows, columns, strict=True
-        ):
+        painted = np.empty((len(which[part]), image_size, image_size, 3), np.float32)
+        pieces = (one[part] for one in (digits, which, rows, columns))
+        for image, digit, photograph, row, column in zip(painted, *pieces, strict=True):
             image[:] = colours()[photograph, row:, column:][:image_size, :image_size]
             image += digit[nearest[:, None], nearest, None]
             image /= 2
         return painted
 
-    def train_batch(seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        random = generator(seed, step)
+    def draw(random: np.random.Generator, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         chosen = random.integers(len(train[1]), size=batch_size)
-        return paint(train[0][chosen], random), train[1][chosen]
+        return paint(train[0][chosen], random, rows), train[1][chosen[rows]]
 
     def validation() -> tuple[np.ndarray, np.ndarray]:
         return paint(held_out[0], generator(0, 0)), held_out[1]
@@ -232,4 +234,4 @@ def scenes(
         jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), np.float32),
         jax.ShapeDtypeStruct((batch_size,), np.int32),
     )
-    return Dataset(train_batch, spec, validation)
+    return Dataset(drawn(batch_size, draw), spec, validation)

@@ -3,7 +3,7 @@
 
 Everything is global-view: arrays span the whole mesh, whichever process holds which
 part. Without a mesh (one device) nothing here does anything. Imports from the core,
-`config` and `errors`.
+`config`, `share` and `errors`.
 """
 
 import math
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import dho2_jax
 from dho2_jax.app.config import Config
 from dho2_jax.app.errors import UserError, nearest
+from dho2_jax.app.share import check_processes
 
 PARAM_SHARDINGS = ("replicated", "fsdp")
 FSDP = "fsdp"  # the axis over which `param_sharding="fsdp"` splits parameters
@@ -99,6 +100,8 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh | No
         )
     if size == 1:
         return None
+    if jax.process_count() > 1:
+        check_processes(devices)
     mesh = jax.make_mesh(
         shape,
         axes,

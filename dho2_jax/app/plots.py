@@ -14,11 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FixedLocator,
     LogLocator,
+    MaxNLocator,
     NullFormatter,
     StrMethodFormatter,
 )
 
+from dho2_jax.app.spectrum import Spectrum
 from dho2_jax.app.train import Run
+from dho2_jax.app.writers import Row
 
 # Okabe and Ito's blue and vermilion differ to every kind of colour vision.
 COLOURS = {"dho2": "#0072B2", "base": "#D55E00"}
@@ -51,7 +54,11 @@ def plot_runs(
     _finish_losses(seconds, groups, "training time (seconds)", loss_label)
     steps.set_title("Loss against steps")
     seconds.set_title("Loss against time (curvature in, compilation out)")
-    _draw_spectrum(spectrum, hybrid[0] if hybrid else None)
+    run = hybrid[0] if hybrid else None
+    rows = [row for row in run.rows if "eigenvalues" in row] if run else []
+    _draw_history(spectrum, rows, run.rows[-1]["step"] if run else 1)
+    seed = f" (seed {run.seed})" if run else ""
+    spectrum.set_title(f"Curvature kept in the subspace{seed}")
     figure.suptitle(title, fontsize="x-large")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06, wspace=0.03)
     figure.savefig(path)
@@ -132,29 +139,84 @@ def _finish_losses(
     _quiet(axes)
 
 
-def _draw_spectrum(axes: Axes, run: Run | None) -> None:
-    """Draws the kept eigenvalues and the next one at each refresh."""
-    seed = f" (seed {run.seed})" if run else ""
-    axes.set(title=f"Curvature kept in the subspace{seed}", xlabel="training steps")
-    axes.set_ylabel("eigenvalue of the loss curvature")
+def plot_spectrum(
+    path: pathlib.Path, spectrum: Spectrum, rows: Sequence[Row], *, title: str
+) -> None:
+    """Draws the curvature that a checkpoint holds into one PNG.
+
+    Args:
+      path: The file to write.
+      spectrum: What it holds.
+      rows: Spectra up to that one, one a refresh.
+      title: Where it was found.
+    """
+    figure = Figure(figsize=(12.5, 4.8), dpi=150)
+    now, history = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    metrics = spectrum.metrics
+    _draw_now(now, spectrum)
+    measured = metrics["count"] - metrics["age"]
+    now.set_title(f"Kept at step {metrics['count']}, measured at step {measured}")
+    _draw_history(history, rows, int(metrics["count"]))
+    history.set_title("How they moved, refresh by refresh")
+    figure.suptitle(title, fontsize="large")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06, wspace=0.03)
+    figure.savefig(path)
+
+
+def _draw_now(axes: Axes, spectrum: Spectrum) -> None:
+    """Draws each eigenvalue with its bound, and what is left to the base."""
+    axes.set(xlabel="rank", ylabel="eigenvalue of the loss curvature")
     _quiet(axes)
-    rows = [row for row in run.rows if "eigenvalues" in row] if run else []
+    values, following = spectrum.eigenvalues, spectrum.next_eigenvalue
+    if not len(values):
+        axes.text(0.5, 0.5, "no refresh yet", ha="center", transform=axes.transAxes)
+        return
+    ranks = np.arange(1, len(values) + 1)
+    _scale(axes, np.array([*values, following]))
+    floor = axes.get_ylim()[0] if axes.get_yscale() == "log" else 0.0
+    for rank, value, bound, colour in zip(
+        ranks, values, spectrum.residuals, _colours(len(values)), strict=True
+    ):
+        axes.plot((rank, rank), (floor, value), color=colour, alpha=0.35, linewidth=5)
+        axes.plot(rank, value, marker="o", markersize=7, color=colour)
+        if bound > 0.02 * abs(value):  # else it is hidden by the dot
+            axes.errorbar(rank, value, yerr=bound, color=GREY, capsize=4, linewidth=1)
+    axes.axhline(
+        following,
+        color=GREY,
+        linestyle=":",
+        linewidth=2,
+        label=f"next (left to the base): {following:.3g}",
+    )
+    axes.plot([], [], color=GREY, marker="|", linestyle="", label="bound on the error")
+    axes.annotate(
+        f"{values[0]:.3g}", (1, values[0]), xytext=(9, -3), textcoords="offset points"
+    )
+    axes.legend(frameon=False, loc="upper right")
+    axes.set_xlim(0.3, len(values) + 0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _draw_history(axes: Axes, rows: Sequence[Row], last: int) -> None:
+    """Draws the kept eigenvalues and the next one, from each refresh to the next."""
+    axes.set(xlabel="training steps", ylabel="eigenvalue of the loss curvature")
+    _quiet(axes)
     # A row is logged some steps after the refresh whose eigenvalues it has.
     steps = [row["step"] - row["age"] for row in rows]
     spectra = [row["eigenvalues"] for row in rows]
-    if run is None or not spectra:
+    if not spectra:
         axes.text(0.5, 0.5, "no refresh yet", ha="center", transform=axes.transAxes)
         return
     rank = max(len(one) for one in spectra)
     values = np.full((len(spectra), rank), np.nan)
     for row, one in zip(values, spectra, strict=True):
         row[: len(one)] = one[::-1]
-    colours = colormaps["viridis"](np.linspace(0, 0.85, rank))
+    colours = _colours(rank)
     marker = "o" if len(steps) < 3 else ""
     for index in range(rank):
         label = {0: "largest", rank - 1: "smallest kept"}.get(index)
         axes.step(
-            _until(steps, run),
+            [*steps, last],
             np.append(values[:, index], values[-1, index]),
             where="post",
             color=colours[index],
@@ -165,7 +227,7 @@ def _draw_spectrum(axes: Axes, run: Run | None) -> None:
         )
     following = [row["next_eigenvalue"] for row in rows]
     axes.step(
-        _until(steps, run),
+        [*steps, last],
         [*following, following[-1]],
         where="post",
         color=GREY,
@@ -173,11 +235,23 @@ def _draw_spectrum(axes: Axes, run: Run | None) -> None:
         linewidth=2,
         label="next (left to the base)",
     )
-    everything = np.array([*values.ravel(), *following], dtype=float)
-    everything = everything[np.isfinite(everything)]
-    sizes = np.abs(everything[everything != 0])
-    if len(sizes) and everything.min() > 0:
+    _scale(axes, np.array([*values.ravel(), *following], dtype=float))
+    axes.set_xlim(0, max(last, 1))
+    axes.legend(frameon=False)
+
+
+def _colours(count: int) -> np.ndarray:
+    """Returns a colour for each rank, dark for the sharpest."""
+    return colormaps["viridis"](np.linspace(0, 0.85, count))
+
+
+def _scale(axes: Axes, values: np.ndarray) -> None:
+    """Makes the axis of eigenvalues logarithmic, around zero where some are not > 0."""
+    values = values[np.isfinite(values)]
+    sizes = np.abs(values[values != 0])
+    if len(sizes) and values.min() > 0:
         axes.set_yscale("log")
+        axes.set_ylim(values.min() / 1.6, values.max() * 1.6)
     elif len(sizes):
         # Linear around zero, up to a power of ten a decade below the typical size.
         threshold = 10.0 ** np.floor(np.log10(np.median(sizes)) - 1)
@@ -187,16 +261,7 @@ def _draw_spectrum(axes: Axes, run: Run | None) -> None:
         )
         powers = 10.0**exponents
         axes.yaxis.set_major_locator(FixedLocator([*-powers[::-1], 0, *powers]))
-        axes.set_ylim(
-            1.5 * min(everything.min(), -threshold / 2), 1.8 * everything.max()
-        )
-    axes.set_xlim(0, run.rows[-1]["step"])
-    axes.legend(frameon=False)
-
-
-def _until(steps: Sequence[int], run: Run) -> list[int]:
-    """Returns the steps at which lines change, and where the last one ends."""
-    return [*steps, run.rows[-1]["step"]]
+        axes.set_ylim(1.5 * min(values.min(), -threshold / 2), 1.8 * values.max())
 
 
 def _quiet(axes: Axes) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import dho2_jax
-from dho2_jax.app import placement
+from dho2_jax.app import placement, share
 from dho2_jax.app.optimizers import Optimizer
 from dho2_jax.app.task import Task
 
@@ -46,7 +46,7 @@ class Programs(NamedTuple):
     overlap: Any  # of dho2_jax.overlapped_refresh; None: no devices of its own
     observe: Callable[..., Any] | None  # state -> metrics, spectrum
     evaluate: Callable[..., Any]  # params -> loss
-    place: Callable[..., Any]  # batch in host memory -> batch on the devices
+    place: Callable[..., Any]  # this process's part of a batch -> batch on the devices
     compile_seconds: float
 
 
@@ -194,8 +194,8 @@ def compile_programs(
     evaluate = jax.jit(task.loss_fn, out_shardings=placement.replicated(mesh))
     evaluate = evaluate.lower(params, validation).compile()
 
-    def place(batch: Any) -> Any:
-        return placement.put(batch, mesh)
+    def place(part: Any) -> Any:
+        return share.join(part, mesh)
 
     start = compiled(blueprints.start)
     overlap = None
@@ -219,12 +219,14 @@ def compile_programs(
 
 
 def _overlap(task: Task, optimizer: Optimizer, curvature_batch_size: int) -> Any:
-    """Returns what refreshes on devices of its own, from a batch in host memory."""
+    """Returns what refreshes on devices of its own, from this process's part."""
     mesh = optimizer.curvature_mesh
+    assert mesh is not None
+    size = curvature_batch_size // len(mesh.devices)  # a row of them a process
     apart = dho2_jax.overlapped_refresh(_loss_of(task, optimizer), mesh=mesh)
 
     def launch(state, params, batch):
-        part = placement.spread(batch, curvature_batch_size, None)
-        return apart.launch(state, params, placement.put(part, mesh))
+        part = placement.spread(batch, size, None)
+        return apart.launch(state, params, share.join(part, mesh))
 
     return apart._replace(launch=launch)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small tasks, and `TASKS`: all that a config may name.
 
-The larger ones have a file each: `gpt2`, `resnet`, `vit`.
+The larger ones have a file each: `cifar`, `gpt2`, `resnet`, `vit`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dho2_jax.app import data, images, models
+from dho2_jax.app import data, hub, images, models
+from dho2_jax.app.cifar import cifar10
 from dho2_jax.app.gpt2 import gpt2
 from dho2_jax.app.resnet import resnet
 from dho2_jax.app.task import (
@@ -111,10 +112,80 @@ def char_lm(
       UserError: If the heads do not divide the width.
     """
     check_heads(width, num_heads)
+    dataset = data.characters(
+        batch_size, length=length, max_bytes=max_bytes, num_validation=num_validation
+    )
+    return _language_model(
+        dataset, len(data.VOCABULARY), "character", length, width, num_layers, num_heads
+    )
+
+
+def hub_text(
+    batch_size: int,
+    *,
+    path: str = "Salesforce/wikitext",
+    subset: str = "wikitext-2-raw-v1",
+    train_split: str = "train",
+    validation_split: str = "validation",
+    text_column: str = "text",
+    length: int = 128,
+    max_bytes: int = 20_000_000,
+    num_validation: int = 256,
+    width: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+) -> Task:
+    """Builds a transformer on the bytes of any text of the Hugging Face hub.
+
+    Args:
+      batch_size: Windows in a training batch.
+      path: The dataset's name on the hub, or a directory of Parquet or text files.
+      subset: Which of its configurations; "" if it has one only.
+      train_split: The split to train with; "train[:-5%]" is a part of one.
+      validation_split: The split to validate with; "train[-5%:]" where there is none.
+      text_column: The column of the text.
+      length: Bytes in a window.
+      max_bytes: Bytes of each split to read at most.
+      num_validation: Windows in the validation batch.
+      width: Features of the residual stream.
+      num_layers: Number of transformer blocks.
+      num_heads: Attention heads in a block.
+
+    Returns:
+      The task; its loss is in nats per byte.
+
+    Raises:
+      UserError: If the heads do not divide the width, or the data cannot be loaded, are
+        something else or too few.
+    """
+    check_heads(width, num_heads)
+    dataset = hub.byte_windows(
+        batch_size,
+        path=path,
+        subset=subset,
+        splits=(train_split, validation_split),
+        text_column=text_column,
+        length=length,
+        max_bytes=max_bytes,
+        num_validation=num_validation,
+    )
+    return _language_model(dataset, 256, "byte", length, width, num_layers, num_heads)
+
+
+def _language_model(
+    dataset: data.Dataset,
+    vocabulary_size: int,
+    unit: str,
+    length: int,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+) -> Task:
+    """Builds a transformer that predicts each next token of a window."""
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
         return models.CharTransformer(
-            len(data.VOCABULARY),
+            vocabulary_size,
             length,
             width=width,
             num_layers=num_layers,
@@ -123,16 +194,12 @@ def char_lm(
         )
 
     init, apply = split_module(build)
-
-    dataset = data.characters(
-        batch_size, length=length, max_bytes=max_bytes, num_validation=num_validation
-    )
     return Task(
         init,
         lambda params, tokens: apply(params, tokens[:, :-1]),
         lambda logits, tokens: cross_entropy(logits, tokens[:, 1:]),
         dataset,
-        "cross-entropy (nats per character)",
+        f"cross-entropy (nats per {unit})",
     )
 
 
@@ -140,6 +207,8 @@ TASKS: dict[str, Callable[..., Task]] = {
     "patch_autoencoder": patch_autoencoder,
     "digits_mlp": digits_mlp,
     "char_lm": char_lm,
+    "hub_text": hub_text,
+    "cifar10": cifar10,
     "gpt2": gpt2,
     "resnet": resnet,
     "vit": vit,

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -54,12 +54,34 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
 
 
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """Reads what `open_log` wrote.
+
+    Args:
+      path: A `metrics.jsonl`.
+
+    Returns:
+      Its rows; nan where JSON could not say the number. A last line that a process did
+      not live to finish is left out.
+    """
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows.append({k: math.nan if v is None else v for k, v in row.items()})
+    return rows
+
+
 @contextlib.contextmanager
-def open_log(directory: pathlib.Path | None) -> Iterator[Callable[[Row], None]]:
+def open_log(
+    directory: pathlib.Path | None, kept: Sequence[Row] = ()
+) -> Iterator[Callable[[Row], None]]:
     """Opens `metrics.jsonl` and TensorBoard events in `directory`.
 
     Args:
       directory: Created if it does not exist; None writes nothing.
+      kept: Rows of a run that is continued, to which those to come are added; all else
+        that the file held is dropped.
 
     Yields:
       A function that writes one row. Each line is flushed at once, so that a run that
@@ -69,13 +91,18 @@ def open_log(directory: pathlib.Path | None) -> Iterator[Callable[[Row], None]]:
         yield lambda row: None
         return
     directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "metrics.jsonl"
+    before = path.with_suffix(".tmp")
+    before.write_text("".join(map(_line, kept)), encoding="utf-8")
+    before.replace(path)  # at no time is there half a file
+    purge = kept[-1]["step"] + 1 if kept else None
     with (
-        open(directory / "metrics.jsonl", "w", encoding="utf-8") as lines,
-        contextlib.closing(SummaryWriter(str(directory))) as events,
+        open(path, "a", encoding="utf-8") as lines,
+        contextlib.closing(SummaryWriter(str(directory), purge_step=purge)) as events,
     ):
 
         def write(row: Row) -> None:
-            lines.write(json.dumps(finite(row)) + "\n")
+            lines.write(_line(row))
             lines.flush()
             for name, value in row.items():
                 number = isinstance(value, (int, float)) and math.isfinite(value)
@@ -86,3 +113,7 @@ def open_log(directory: pathlib.Path | None) -> Iterator[Callable[[Row], None]]:
                     events.add_scalar(f"eigenvalues/{rank}", value, row["step"])
 
         yield write
+
+
+def _line(row: Row) -> str:
+    return json.dumps(finite(row)) + "\n"

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run must remember to go on as if it had never stopped, saved by Orbax.
+
+Parameters and optimizer state are arrays, written while training goes on; how far the
+run is, the data iterator's position included, is a small JSON beside them. All
+processes take part. Imports nothing of the application but `train.Progress`.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dho2_jax.app.train import Progress
+
+STATE, PROGRESS = "state", "progress"  # the two parts of a checkpoint
+METADATA = "_METADATA"  # Orbax's description of a tree; in each that is complete
+
+Manager = Any  # an ocp.CheckpointManager
+
+
+@contextlib.contextmanager
+def open_manager(directory: pathlib.Path | None, keep: int) -> Iterator[Manager | None]:
+    """Opens the checkpoints of one run; in all processes alike.
+
+    Args:
+      directory: Of the checkpoints, which all processes see; None: there are none.
+      keep: How many to keep; older ones are deleted.
+
+    Yields:
+      What `save` and `restore` take. At the end it waits for what is being written.
+    """
+    if directory is None:
+        yield None
+        return
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        yield manager
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """Returns the steps at which complete checkpoints lie in `directory`, ascending.
+
+    Args:
+      directory: Of the checkpoints of one run; need not exist.
+    """
+    if not directory.is_dir():
+        return []
+    found = directory.glob(f"*/{STATE}/{METADATA}")
+    names = (path.parent.parent.name for path in found)
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def save(manager: Manager, params: Any, state: Any, progress: Progress) -> None:
+    """Copies everything to the host, and has it written while the caller goes on.
+
+    Args:
+      manager: From `open_manager`.
+      params: The parameters; may be donated afterwards.
+      state: The optimizer's state; may be donated afterwards.
+      progress: How far the run is.
+    """
+    manager.save(
+        progress.step,
+        args=ocp.args.Composite(
+            **{
+                STATE: ocp.args.StandardSave({"params": params, "opt_state": state}),
+                PROGRESS: ocp.args.JsonSave(progress._asdict()),
+            }
+        ),
+    )
+
+
+def restore(
+    manager: Manager, step: int, params: Any, state: Any
+) -> tuple[Any, Any, Progress]:
+    """Reads a checkpoint, whatever the number of devices it was saved on.
+
+    Args:
+      manager: From `open_manager`.
+      step: One of `steps_in`.
+      params: Arrays or `ShapeDtypeStruct`s with the shardings to restore to.
+      state: Likewise.
+
+    Returns:
+      Parameters, state and progress, as `save` was given them.
+    """
+    target = {"params": _abstract(params), "opt_state": _abstract(state)}
+    found = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            **{
+                STATE: ocp.args.StandardRestore(target),
+                PROGRESS: ocp.args.JsonRestore(),
+            }
+        ),
+    )
+    progress = Progress(**found[PROGRESS])
+    return found[STATE]["params"], found[STATE]["opt_state"], progress
+
+
+def differences(directory: pathlib.Path, step: int, params: Any, state: Any) -> int:
+    """Returns how many arrays of a checkpoint do not have the shape of those given.
+
+    Args:
+      directory: Of the checkpoints of one run.
+      step: One of `steps_in`.
+      params: Arrays, or anything with shapes.
+      state: Likewise.
+
+    Returns:
+      0 if the checkpoint can be restored into them.
+    """
+    saved = shapes(read_tree(directory / str(step) / STATE))
+    wanted = shapes({"params": params, "opt_state": state})
+    return len(saved.items() ^ wanted.items())
+
+
+def shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the shape of each array of a pytree by its names on the way there."""
+    flat = ocp.tree.to_flat_dict(tree)
+    return {name: tuple(x.shape) for name, x in flat.items() if hasattr(x, "shape")}
+
+
+def read_tree(path: pathlib.Path) -> Any:
+    """Returns a saved tree with descriptions in place of its arrays.
+
+    Args:
+      path: A directory that holds `METADATA`.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.metadata(path.absolute()).item_metadata.tree
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )

@@ -1,0 +1,323 @@
+"""`dho2 train` stopped in any way and called again: the run that never stopped."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import free_port, surroundings
+
+from dho2_jax.app import checkpoint, cli, experiment, resume, writers
+from dho2_jax.app.errors import UserError
+from dho2_jax.app.train import Progress
+
+DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
+SMALL = (
+    "task.widths=(8,)",
+    "steps=64",
+    "log_every=1",
+    "eval_every=10",
+    "batch_size=64",
+    "curvature_batch_size=16",
+    "checkpoint_every=8",
+    "mesh_shape=(1,)",
+    "optimizer.num_largest=3",
+    "optimizer.num_matvecs=6",
+    "optimizer.refresh_period=12",
+    "optimizer.early_refreshes=(3,)",
+)
+MODES = {
+    # Rows of three losses each: a checkpoint falls between them.
+    "external": ("log_every=3",),
+    "periodic": ("optimizer.refresh=periodic", "train_base=False"),
+    "staggered": ("optimizer.refresh=staggered", "train_base=False"),
+    "overlapped": (
+        *("mesh_shape=(2,)", "curvature_devices=1", "land_after=5"),
+        "train_base=False",
+    ),
+}
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "compiled_once")
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """One compilation for all runs of the same programs."""
+    made, compile_for = {}, experiment.compile_for
+
+    def remembered(built, optimizer):
+        fields = built.config.optimizer.items()
+        key = optimizer.name, str(sorted(fields)), str(built.mesh)
+        if key not in made:
+            made[key] = compile_for(built, optimizer)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "compile_for", remembered)
+        yield
+
+
+def prepare(directory, *overrides):
+    changes = [f"--config.{one}" for one in (*SMALL, *overrides)]
+    changes.append(f"--config.workdir={directory}")
+    return experiment.prepare(str(DIGITS), changes, may_resume=True)
+
+
+def never():
+    return False
+
+
+def after(count, how=None):
+    """Ctrl-C after so many questions; with `how` it is raised, as a second one is."""
+    asked = 0
+
+    def should_stop():
+        nonlocal asked
+        asked += 1
+        if how is not None and asked > count:
+            raise how
+        return asked > count
+
+    return should_stop
+
+
+def rows_of(directory, name="dho2"):
+    rows = writers.read_rows(pathlib.Path(directory) / name / "metrics.jsonl")
+    seconds = [row.pop("seconds") for row in rows]
+    assert seconds == sorted(seconds)
+    return rows
+
+
+def assert_same_rows(rows, expected):
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert rows == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    experiment.train_both(prepare(whole, *MODES[mode], "checkpoint_every=0"), never)
+    assert not list(whole.glob("*/checkpoints"))
+    expected = rows_of(whole)
+
+    # By Ctrl-C, which saves; in the overlapped mode a refresh is under way then.
+    stopped = experiment.train_both(prepare(parts, *MODES[mode]), after(14))
+    assert [run.interrupted for run in stopped] == [True]
+    at = stopped[0].rows[-1]["step"]
+    assert at == (18 if mode == "overlapped" else 13)
+    steps = checkpoint.steps_in(parts / "dho2" / "checkpoints")
+    assert steps[-1] == at and "val_loss" in rows_of(parts)[-1]
+
+    # Killed: all since the last checkpoint is done again.
+    with pytest.raises(KeyboardInterrupt):
+        experiment.train_both(
+            prepare(parts, *MODES[mode]), after(28, KeyboardInterrupt())
+        )
+    assert f"Going on with DHO² (Adam) from step {at}" in capsys.readouterr().err
+    runs = experiment.train_both(prepare(parts, *MODES[mode]), never)
+    assert_same_rows(rows_of(parts), expected)
+    assert not any(run.interrupted for run in runs)
+    assert [{**row, "seconds": 0} for row in runs[0].rows] == [
+        {**row, "seconds": 0} for row in expected
+    ]
+    assert rows_of(parts)[-1]["refreshes"] >= 5
+    assert len(checkpoint.steps_in(parts / "dho2" / "checkpoints")) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [
+        "parts"
+    ]
+
+
+def test_the_base_goes_on_too_and_what_is_finished_is_not_repeated(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    mode = MODES["external"]
+    experiment.train_both(prepare(whole, *mode), never)
+    # 66 questions of the first run, one between the two.
+    stopped = experiment.train_both(prepare(parts, *mode), after(67 + 20))
+    assert [run.interrupted for run in stopped] == [False, True]
+    before = (parts / "dho2" / "metrics.jsonl").stat().st_mtime_ns
+    prepared = prepare(parts, *mode)
+    assert prepared.directory == parts
+    runs = experiment.train_both(prepared, never)
+    assert (parts / "dho2" / "metrics.jsonl").stat().st_mtime_ns == before
+    for name in ("dho2", "base"):
+        assert_same_rows(rows_of(parts, name), rows_of(whole, name))
+    summary = json.loads((parts / "summary.json").read_text())
+    assert [summary[name]["steps"] for name in ("dho2", "base")] == [64, 64]
+    assert experiment.draw(prepared, runs).stat().st_size > 10_000
+
+
+def test_which_directory_a_run_gets(tmp_path, capsys):
+    short = ("steps=4", "train_base=False")
+    out = tmp_path / "out"
+    experiment.train_both(prepare(out, *short), after(2))
+    capsys.readouterr()
+
+    held = prepare(out, *short)
+    assert held.directory == out and held.place.is_resumed
+    # In use: another call of the same command gets a directory of its own.
+    assert prepare(out, *short).directory == tmp_path / "out-1"
+    with pytest.raises(UserError, match="not under way"):
+        prepare(out, *short, f"resume={out}")
+    resume.release(held.place)
+    assert prepare(out, *short, "resume=never").directory == tmp_path / "out-2"
+
+    # Where it computes and what it keeps may change; what it computes may not.
+    free = ("mesh_shape=(2,)", "keep_checkpoints=5", "checkpoint_every=3")
+    held = prepare(out, *short, *free)
+    assert held.directory == out
+    resume.release(held.place)
+    capsys.readouterr()
+    other = prepare(out, *short, "optimizer.num_largest=2")
+    assert other.directory == tmp_path / "out-3" and not other.place.is_resumed
+    said = capsys.readouterr().err
+    assert "config.optimizer.num_largest=3, now 2" in said
+    assert f"--config.resume={out} goes on with it" in said
+
+    assert not experiment.train_both(prepare(out, *short), never)[0].interrupted
+    assert prepare(out, *short).directory == tmp_path / "out-4"  # it was finished
+
+
+def test_a_named_run_goes_on_with_other_values(tmp_path):
+    out = tmp_path / "out"
+    common = ("train_base=False", f"resume={out}")
+    first = prepare(out, "steps=4", "train_base=False")
+    first = experiment.train_both(first, never)[0].rows
+    longer = prepare(out, "steps=9", *common)
+    assert longer.directory == out
+    assert json.loads((out / "config.json").read_text())["steps"] == 9
+    rows = experiment.train_both(longer, never)[0].rows
+    assert [row["step"] for row in rows] == list(range(10))
+    assert rows[:4] == first[:4]
+
+
+@pytest.mark.parametrize(
+    ("override", "blame"),
+    [
+        ("optimizer.num_largest=5", "config.optimizer.num_largest=3, now 5"),
+        ("optimizer.base=heavy_ball", "config.optimizer.base='adam', now 'heavy_ball'"),
+        ("optimizer.base_rate=fixed", "base_rate='curvature', now 'fixed'"),
+        ("task.widths=(7,)", "config.task.widths=[8], now [7]"),
+    ],
+)
+def test_a_checkpoint_of_another_shape(override, blame, saved_run):
+    with pytest.raises(UserError) as error_info:
+        prepare(saved_run, "steps=9", f"resume={saved_run}", override)
+    message = str(error_info.value)
+    assert blame in message and "--config.resume=never" in message
+    assert message.count(". ") == 0 and "\n" not in message
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "out"
+    experiment.train_both(prepare(out, "steps=3", "train_base=False"), never)
+    return out
+
+
+@pytest.mark.parametrize("wrong", ["no/such", "."])
+def test_resume_names_no_run(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"must be 'auto', 'never' or the directory"):
+        prepare(tmp_path / "out", f"resume={wrong}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_eight_devices_then_four_then_one_then_eight(tmp_path):
+    common = ("train_base=False", "log_every=2", "steps=36")
+    eight, out = "mesh_shape=(8,)", tmp_path / "out"
+    experiment.train_both(prepare(tmp_path / "whole", *common, eight), never)
+    expected = rows_of(tmp_path / "whole")
+    meshes = [(eight, 10), ("mesh_shape=(4,)", 10), ("mesh_shape=(1,)", 10), (eight, 0)]
+    for mesh, count in meshes:
+        should_stop = after(count) if count else never
+        runs = experiment.train_both(prepare(out, *common, mesh), should_stop)
+        assert runs[0].rows[0]["step"] == 0
+    rows = rows_of(out)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert rows[:5] == expected[:5]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["refreshes"] == other["refreshes"]
+        for name in ("train_loss", "val_loss", "sharpness", "base_scaling"):
+            if name in other:
+                np.testing.assert_allclose(row[name], other[name], rtol=5e-4)
+
+
+def test_two_processes_save_and_go_on(tmp_path):
+    """Saved by one process, continued and saved by two, continued by one."""
+    out = tmp_path / "out"
+    common = ("train_base=False", "mesh_shape=()", "log_every=2", f"workdir={out}")
+
+    def launch(*overrides):
+        port = free_port()
+        environment = surroundings(
+            4, JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2"
+        )
+        changes = [f"--config.{one}" for one in (*SMALL, *common, *overrides)]
+        command = [sys.executable, "-m", "dho2_jax.app.cli", "train", str(DIGITS)]
+        processes = [
+            subprocess.Popen(
+                [*command, *changes, f"--process-id={index}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+            )
+            for index in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=120)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], said
+        return said
+
+    first = prepare(out, *common, "steps=6", "mesh_shape=(8,)")
+    experiment.train_both(first, never)
+    said = launch("steps=14", f"resume={out}")
+    assert "Going on with DHO² (Adam) from step 6" in said[0]
+    assert "Going on" not in said[1]
+    last = prepare(out, *common, "steps=20", f"resume={out}", "mesh_shape=(8,)")
+    experiment.train_both(last, never)
+    rows = rows_of(out)
+    whole = prepare(tmp_path / "whole", *common[:-1], "steps=20", "mesh_shape=(8,)")
+    expected = experiment.train_both(whole, never)[0].rows
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("train_loss", "sharpness"):
+            if name in row:
+                np.testing.assert_allclose(row[name], other[name], rtol=2e-4)
+
+
+def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    asked = after(6)
+    monkeypatch.setattr(
+        "dho2_jax.app.train.interruptible",
+        lambda: __import__("contextlib").nullcontext(asked),
+    )
+    changes = [f"--config.{one}" for one in SMALL]
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train", str(DIGITS), *changes, f"--config.workdir={tmp_path}/out"])
+    assert exit_info.value.code == cli.INTERRUPTED
+    assert "The same command goes on from there" in capsys.readouterr().out
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    """What is written in the background is what it was when `save` returned."""
+    with checkpoint.open_manager(tmp_path / "checkpoints", 1) as manager:
+        x = jax.device_put(np.arange(2.0**20, dtype=np.float32))
+        expected = np.array(x)
+        double = jax.jit(lambda x: 2 * x, donate_argnums=0)
+        checkpoint.save(manager, {"x": x}, {"y": x + 1}, Progress(step=3))
+        for _ in range(3):
+            x = double(x)
+        manager.wait_until_finished()
+        target = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        params, _, progress = checkpoint.restore(
+            manager, 3, {"x": target}, {"y": target}
+        )
+    np.testing.assert_array_equal(params["x"], expected)
+    assert progress.step == 3
