@@ -27,6 +27,7 @@ from dho2_jax._refresh import refresh as refresh
 from dho2_jax._restore import check_restorable as check_restorable
 from dho2_jax._schedule import should_refresh as should_refresh
 from dho2_jax._schedule import sweep_index as sweep_index
+from dho2_jax._specs import abstract_state as abstract_state
 from dho2_jax._specs import state_shardings as state_shardings
 from dho2_jax._specs import state_specs as state_specs
 from dho2_jax._stagger import (

@@ -20,7 +20,7 @@ from dho2_jax import _layout as layouts
 from dho2_jax import _slices as slices
 from dho2_jax._config import Config
 from dho2_jax._layout import Layout, Packed
-from dho2_jax._sharding import constrain
+from dho2_jax._sharding import constrain, slice_spec, splits_evenly
 from dho2_jax._types import PyTree
 
 
@@ -70,6 +70,10 @@ def update(
         call = _under_auto_axes(call, base, config, layout)
     updates, state = call(merge(seen), state, params)
     found, treedef = jax.tree.flatten(updates)
+    if mesh is not None and layout.placement is not None:
+        where = zip(layout.outside, layout.placement.outside_specs, strict=True)
+        for i, spec in where:
+            found[i] = constrain(found[i], mesh, spec)
     rebuild = functools.partial(jax.tree.unflatten, treedef)
     steps, merge = layouts.inside(found, rebuild, layout)
     if mesh is not None and not sliced:
@@ -124,7 +128,11 @@ def specs_seen(config: Config, layout: Layout) -> tuple[P, ...]:
     sliced = config.shard_base_state
     inside = slices.base_specs(layout) if sliced else place.param_specs
     known = dict(zip(layout.inside, inside, strict=True))
-    known |= dict(zip(layout.outside, place.outside_specs, strict=True))
+    for i, spec in zip(layout.outside, place.outside_specs, strict=True):
+        shape = layout.seen[i]
+        if sliced and place.mesh and splits_evenly(shape, tiled=layout.is_large):
+            spec = slice_spec(shape, spec, tuple(place.mesh.shape.items()))
+        known[i] = spec
     return tuple(known[i] for i in range(len(known)))
 
 

@@ -17,7 +17,8 @@ def chunked_value_fn(loss_fn: Any, batch: PyTree, *, num_chunks: int) -> Any:
     Each part is computed again where a derivative needs it, so that a curvature product
     holds the activations of one part only, for about one more gradient of time. Part j
     is every `num_chunks`-th example, from the j-th on: a batch that is sharded over its
-    examples stays where it is. For every `curvature=`.
+    examples stays where it is, if the devices divide the examples of a part. For every
+    `curvature=`.
 
     Args:
       loss_fn: `(params, batch) -> ()`, the mean loss of the examples it is given; for
@@ -33,13 +34,19 @@ def chunked_value_fn(loss_fn: Any, batch: PyTree, *, num_chunks: int) -> Any:
 
     Raises:
       ValueError: If `loss_fn` is neither a function nor a pair of them, or `num_chunks`
-        does not divide the examples.
+        does not divide the examples; in `value_fn`, if the loss is not one scalar.
     """
     check_integer("num_chunks", num_chunks, 1)
     _check_batch(batch, num_chunks)
     chunks = jax.tree.map(lambda x: _parts(x, num_chunks), batch)
 
-    def mean(losses: Array) -> Array:
+    def mean(losses: Any) -> Array:
+        if jax.tree.map(jnp.shape, losses) != (num_chunks,):
+            found = jax.tree.map(lambda x: x.shape[1:], losses)
+            raise ValueError(
+                "`loss_fn` must return one scalar, the mean loss of a part, got shapes "
+                f"{found}; drop auxiliary outputs, as in lambda p, b: loss(p, b)[0]."
+            )
         return jnp.mean(losses, dtype=jnp.float32)
 
     if callable(loss_fn):

@@ -11,15 +11,22 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from dho2_jax._sharding import LANES, SPLITS, Placement, splits_evenly
+from dho2_jax._sharding import (
+    LANES,
+    SPLITS,
+    Placement,
+    place_on_mesh,
+    splits_evenly,
+)
 from dho2_jax._types import Array, PyTree
 
 
@@ -111,13 +118,25 @@ class Flat:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outside:
+    """The parameters that `curvature_mask` leaves out, at some point of training."""
+
+    leaves: tuple[Array, ...]
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+
 def with_layout(tree: PyTree, layout: Layout) -> PyTree:
-    """Returns `tree` with another layout for every vector in stored form."""
+    """Returns `tree` with another layout for everything that has one."""
+
+    def has_one(x: Any) -> bool:
+        return isinstance(x, Packed | Outside)
 
     def visit(x: Any) -> Any:
-        return Packed(x.leaves, layout) if isinstance(x, Packed) else x
+        return dataclasses.replace(x, layout=layout) if has_one(x) else x
 
-    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed))
+    return jax.tree.map(visit, tree, is_leaf=has_one)
 
 
 def layout_of(params: PyTree, outside: tuple[int, ...] = ()) -> Layout:
@@ -127,37 +146,19 @@ def layout_of(params: PyTree, outside: tuple[int, ...] = ()) -> Layout:
     return Layout(treedef, seen, outside=outside)
 
 
-def masked_out(params: PyTree, mask: PyTree | Callable[[PyTree], PyTree]):
-    """Returns which leaves of `params` a `curvature_mask` leaves out, by number.
+def on_mesh(layout: Layout, mesh: Mesh, specs: Sequence[P]) -> Layout:
+    """Returns the layout over all axes of a mesh.
 
-    Raises:
-      ValueError: If it is no prefix of the parameters' tree that holds bools, or leaves
-        out everything.
+    Args:
+      layout: Of any place.
+      mesh: The mesh.
+      specs: Of all parameters that `init` saw.
     """
-    mask = mask(params) if callable(mask) else mask
-    for leaf in jax.tree.leaves(mask):
-        if not isinstance(leaf, bool | np.bool_):
-            raise ValueError(
-                "`curvature_mask` must hold bools, got "
-                f"{type(leaf).__name__}; True for what takes part in the curvature."
-            )
-    try:
-        spread = jax.tree.map(
-            lambda flag, part: [bool(flag)] * len(jax.tree.leaves(part)), mask, params
-        )
-    except ValueError as error:
-        raise ValueError(
-            "`curvature_mask` must be a prefix of the parameters' tree, got "
-            f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}; give one "
-            "bool for each parameter or subtree."
-        ) from error
-    flags = jax.tree.leaves(spread)
-    if flags and not any(flags):
-        raise ValueError(
-            "`curvature_mask` must be True somewhere, got False for all parameters; to "
-            "train without curvature use the base optimizer alone."
-        )
-    return tuple(i for i, flag in enumerate(flags) if not flag)
+    within = [specs[i] for i in layout.inside]
+    place = place_on_mesh(mesh, within, layout.groups, layout.stored)
+    without = tuple(specs[i] for i in layout.outside)
+    place = dataclasses.replace(place, outside_specs=without)
+    return dataclasses.replace(layout, placement=place)
 
 
 def zeros(layout: Layout, rows: tuple[int, ...] = ()) -> Packed:

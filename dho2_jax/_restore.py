@@ -4,8 +4,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 from dho2_jax._layout import Packed
 from dho2_jax._state import CurvatureState, find
 from dho2_jax._types import PyTree
@@ -71,6 +69,8 @@ def _search(node: Any) -> Iterator[Mapping[str, Any]]:
 
 def _plain(node: Any) -> Any:
     """Returns named fields as a dict, and what metadata wrap."""
+    if isinstance(node, Packed):
+        return {"leaves": list(node.leaves)}
     if hasattr(node, "_asdict"):
         return node._asdict()
     if not isinstance(node, Mapping) and hasattr(node, "tree"):
@@ -82,8 +82,6 @@ def _named(state: CurvatureState) -> dict[str, Any]:
     """Returns a state with names for the places of its arrays, as it is saved."""
 
     def visit(node: Any) -> Any:
-        if isinstance(node, Packed):
-            return {"leaves": list(node.leaves)}
         node = _plain(node)
         if isinstance(node, Mapping):
             return {name: visit(one) for name, one in node.items()}
@@ -97,18 +95,22 @@ def _facts(node: Mapping[str, Any]) -> dict[str, Any]:
     space, sweep = _plain(node["subspace"]), _plain(node.get("sweep"))
     (size,) = _shape(space["eigenvalues"])
     run = _plain(_plain(sweep).get("lanczos")) if sweep else None
-    rows = [_shape(x) for x in jax.tree.leaves(space["eigenvectors"], is_leaf=_is_leaf)]
+    rows = [_shape(x) for x in _in_order(_plain(space["eigenvectors"])["leaves"])]
     return {
         "`num_largest` + `num_smallest`": size,
         "`base_rate`": "'curvature'" if node.get("rate") else "'fixed'",
         "`refresh`": "'staggered'" if sweep else "'periodic' or 'external'",
         "`num_matvecs`": _shape(run["betas"])[0] if run else "any",
-        "the size of the parameters, as stored,": [shape[1:] for shape in rows],
+        "the number of arrays that hold an eigenvector": len(rows),
+        **{f"the shape of array {i} of them": s[1:] for i, s in enumerate(rows)},
     }
 
 
-def _is_leaf(x: Any) -> bool:
-    return hasattr(x, "shape")
+def _in_order(leaves: Any) -> list[Any]:
+    """Returns the items of a tuple, which is saved as a dict of numbers in places."""
+    if isinstance(leaves, Mapping):
+        return [leaves[name] for name in sorted(leaves, key=int)]
+    return list(leaves)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from dho2_jax import _axes as axes
 from dho2_jax import _layout as layouts
 from dho2_jax import _linalg as linalg
-from dho2_jax._layout import Flat, Layout, Packed
+from dho2_jax._layout import Flat, Layout, Outside, Packed
 from dho2_jax._sharding import (
     LANES,
     SUBLANES,
@@ -62,12 +62,18 @@ def on_slices(layout: Layout, fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def specs_of(tree: PyTree) -> PyTree:
-    """Returns `PartitionSpec`s: slices of vectors, all else replicated."""
+    """Returns `PartitionSpec`s: slices of vectors, all else replicated.
+
+    What the curvature leaves out lies as the parameters do.
+    """
 
     def visit(x: Any) -> Any:
         if isinstance(x, Flat):
             spec: Any = with_rows(P(_place(x.layout).axes), x.array.ndim - 2)
             return Flat(spec, x.layout)
+        if isinstance(x, Outside):
+            outside: Any = _place(x.layout).outside_specs
+            return Outside(outside, x.layout)
         if not isinstance(x, Packed):
             return P()
         triples = zip(
@@ -76,7 +82,8 @@ def specs_of(tree: PyTree) -> PyTree:
         specs: Any = (with_rows(spec, leaf.ndim - len(s)) for spec, leaf, s in triples)
         return Packed(tuple(specs), x.layout)
 
-    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, Packed | Flat))
+    kinds = Packed | Flat | Outside
+    return jax.tree.map(visit, tree, is_leaf=lambda x: isinstance(x, kinds))
 
 
 def lay_out(layout: Layout, tree: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from dho2_jax import _base as bases
 from dho2_jax import _layout as layouts
 from dho2_jax import _sharding as sharding
 from dho2_jax import _slices as slices
-from dho2_jax._state import DHO2State, find, is_ours, layout_of_state, on_mesh
+from dho2_jax._state import DHO2State, find, is_ours, layout_of_state
 from dho2_jax._types import Params, PyTree
 
 
@@ -64,6 +64,36 @@ def state_shardings(
     )
 
 
+def abstract_state(
+    tx: optax.GradientTransformation, params: Params, mesh: Mesh | None = None
+) -> PyTree:
+    """Returns the shapes of `tx.init(params)`, each with its sharding: restore targets.
+
+    Nothing is computed. For example with Orbax, for the number of devices that there
+    are now: `ocp.args.StandardRestore(dho2_jax.abstract_state(tx, params))`.
+
+    Args:
+      tx: As for `state_shardings`.
+      params: As for `state_shardings`.
+      mesh: As for `state_shardings`. Where there is none, the arrays get no sharding:
+        they are restored to where they would be made.
+
+    Returns:
+      A pytree of `jax.ShapeDtypeStruct` like the state.
+
+    Raises:
+      ValueError: As `state_shardings`, but for a missing mesh.
+    """
+    state = _abstract_state(tx, params)
+    if not (mesh or find(state).config.mesh or _find_mesh(params)):
+        return state
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        state_shardings(tx, params, mesh),
+    )
+
+
 def state_specs(tx: optax.GradientTransformation, params: Params) -> PyTree:
     """Returns `state_shardings` as `PartitionSpec`s.
 
@@ -97,7 +127,7 @@ def _specs(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
         known = (P(),) * len(everything.shapes)
     else:
         known = sharding.read_specs(params, mesh, config.param_specs)
-        placed = on_mesh(layout, mesh, [known[i] for i in seen])
+        placed = layouts.on_mesh(layout, mesh, [known[i] for i in seen])
         place = placed.placement
         assert place is not None
         if config.mesh is None and not config.axis_name:
@@ -152,12 +182,20 @@ def _numbers(everything: layouts.Layout, layout: layouts.Layout) -> list[int]:
     return [number[id(x)] for x in found]
 
 
-def _mesh_of(params: Params) -> Mesh:
-    """Returns the mesh that the parameters are on."""
+def _find_mesh(params: Params) -> Mesh | None:
+    """Returns the mesh that the parameters are on, if they are on one."""
     for x in jax.tree.leaves(params):
         found = getattr(x, "sharding", None)
         if isinstance(found, NamedSharding) and isinstance(found.mesh, Mesh):
             return found.mesh
+    return None
+
+
+def _mesh_of(params: Params) -> Mesh:
+    """Returns the mesh that the parameters are on."""
+    found = _find_mesh(params)
+    if found is not None:
+        return found
     raise ValueError(
         "`mesh` must be given when neither dho2 has one nor the parameters are on one, "
         "got None; pass mesh=."

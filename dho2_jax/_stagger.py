@@ -97,31 +97,34 @@ def staggered_value_and_grad(
         ours = find(state)
         _check_state(ours, mesh)
         layout = layout_of_state(ours)
-        leaves, _ = layouts.restrict(params, layout)
-        part = [jnp.asarray(x) for x in leaves]
+        leaves, _ = layouts.match(params, layout)
+        leaves = [jnp.asarray(x) for x in leaves]
         kind = sweeps.turn(ours)
         busy = kind != sweeps.NOTHING
         whose = jnp.where(busy, ours.count % number, -1)
         keys = _fixed_keys(args, ours)
 
         def ask(ours: CurvatureState) -> tuple[list[Array], list[Array]]:
-            point, vector = sweeps.question(ours, part, kind)
-            return point, slices.gather(vector, [x.dtype for x in part])
+            point, vector = sweeps.question(ours, leaves, kind)
+            dtypes = [leaves[i].dtype for i in layout.inside]
+            return point, slices.gather(vector, dtypes)
 
-        nothing = [jnp.zeros_like(x) for x in part]
-        point, vector = _if_busy(busy, ask, (nothing, nothing), ours)
+        nothing = [jnp.zeros_like(x) for x in leaves]
+        along = [nothing[i] for i in layout.inside]
+        point, vector = _if_busy(busy, ask, (nothing, along), ours)
 
         def local(whose, params, batch, curvature_batch, point, vector, args, keys):
             def gradient():
                 found, grads = jax.value_and_grad(loss, has_aux=True)(
                     params, batch, *args
                 )
-                return found, grads, [jnp.zeros_like(x, jnp.float32) for x in point]
+                return found, grads, [jnp.zeros_like(x, jnp.float32) for x in vector]
 
             def product():
-                _, merge = layouts.restrict(params, layout)
+                _, rebuild = layouts.match(params, layout)
+                part, merge = layouts.restrict(rebuild(point), layout)
                 of_part = halves(merge, curvature_batch, keys)
-                matvec = curvatures.build_matvec(curvature, of_part, tuple(point))
+                matvec = curvatures.build_matvec(curvature, of_part, tuple(part))
                 shapes = jax.eval_shape(lambda: gradient()[0])
                 found = jax.tree.map(_zeros, shapes)
                 grads = jax.tree.map(jnp.zeros_like, params)

@@ -2,7 +2,7 @@
 """The state of the transformation, and how to find it in a nest of Optax states."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ class SweepState(NamedTuple):
 
     lanczos: lanczos.LanczosState  # its vectors are `Packed`
     anchor: Any  # `Packed`, float32: the parameters where the sweep began
+    outside: layouts.Outside  # those that take no part, there
     start: Anchor
 
 
@@ -110,7 +111,7 @@ def init_curvature(
         ),
         anchor=_no_anchor(),
         rate=_rate.start(zeros()) if config.base_rate == "curvature" else None,
-        sweep=_no_sweep(min(config.num_matvecs, layout.size), zeros)
+        sweep=_no_sweep(min(config.num_matvecs, layout.size), zeros, layout, params)
         if config.refresh == "staggered"
         else None,
     )
@@ -124,7 +125,9 @@ def _no_anchor() -> Anchor:
     )
 
 
-def _no_sweep(m: int, zeros: Callable[..., Any]) -> SweepState:
+def _no_sweep(
+    m: int, zeros: Callable[..., Any], layout: layouts.Layout, params: PyTree
+) -> SweepState:
     run = lanczos.LanczosState(
         basis=zeros(m),
         vector=zeros(),
@@ -132,7 +135,9 @@ def _no_sweep(m: int, zeros: Callable[..., Any]) -> SweepState:
         betas=jnp.zeros((m,), jnp.float32),
         index=jnp.full((), m + 1, jnp.int32),
     )
-    return SweepState(run, zeros(), _no_anchor())
+    leaves = jax.tree.leaves(params)
+    nothing = tuple(jnp.zeros_like(leaves[i]) for i in layout.outside)
+    return SweepState(run, zeros(), layouts.Outside(nothing, layout), _no_anchor())
 
 
 def placed_layout(
@@ -148,7 +153,7 @@ def placed_layout(
         return layout  # `param_specs` are those of the real parameters
     if config.mesh is not None:
         specs = sharding.read_specs(params, config.mesh, config.param_specs)
-        return on_mesh(layout, config.mesh, specs)
+        return layouts.on_mesh(layout, config.mesh, specs)
     if config.axis_name:
         place = sharding.place_on_axes(
             config.axis_name, len(layout.shapes), len(layout.groups), layout.stored
@@ -158,23 +163,6 @@ def placed_layout(
     else:
         sharding.check_not_explicit(params)
         place = None
-    return dataclasses.replace(layout, placement=place)
-
-
-def on_mesh(
-    layout: layouts.Layout, mesh: jax.sharding.Mesh, specs: Sequence[P]
-) -> layouts.Layout:
-    """Returns the layout over all axes of a mesh.
-
-    Args:
-      layout: Without a place.
-      mesh: The mesh.
-      specs: Of all parameters that `init` saw.
-    """
-    inside = [specs[i] for i in layout.inside]
-    place = sharding.place_on_mesh(mesh, inside, layout.groups, layout.stored)
-    outside = tuple(specs[i] for i in layout.outside)
-    place = dataclasses.replace(place, outside_specs=outside)
     return dataclasses.replace(layout, placement=place)
 
 
@@ -279,6 +267,7 @@ def _unboxed(state: CurvatureState) -> CurvatureState:
     """Replaces whatever boxes a leaf (as Flax NNX's variables do) by the leaf."""
 
     def is_box(x: Any) -> bool:
-        return not (x is None or isinstance(x, tuple | Config | layouts.Packed))
+        kinds = tuple | Config | layouts.Packed | layouts.Outside
+        return not (x is None or isinstance(x, kinds))
 
     return jax.tree.map(lambda x: jax.tree.leaves(x)[0], state, is_leaf=is_box)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two meshes for one state: what its vectors and the caller's arrays are on another."""
 
-import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -46,10 +45,8 @@ def laid_out(tree: PyTree, mesh: Mesh, specs: Any, name: str) -> PyTree:
 
 def layout_on(mesh: Mesh, layout: Layout, params: PyTree) -> Layout:
     """Returns the layout on another mesh, where the parameters lie as they say."""
-    part, _ = layouts.restrict(params, layout)
-    specs = [x.sharding.spec for x in part]
-    place = sharding.place_on_mesh(mesh, specs, layout.groups, layout.stored)
-    return dataclasses.replace(layout, placement=place)
+    leaves, _ = layouts.match(params, layout)
+    return layouts.on_mesh(layout, mesh, [x.sharding.spec for x in leaves])
 
 
 def check_disjoint(config: Config, mesh: Mesh) -> None:

@@ -66,13 +66,13 @@ def turn(state: CurvatureState) -> Array:
 
 
 def question(
-    state: CurvatureState, part: list[Array], kind: Array
+    state: CurvatureState, leaves: list[Array], kind: Array
 ) -> tuple[list[Array], Packed]:
     """Returns the point, like the parameters, and the vector of this step's product.
 
     Args:
       state: Before the step.
-      part: The parameters, as far as they belong to the state.
+      leaves: The parameters, from `layouts.match`.
       kind: From `turn`.
     """
     sweep = _sweep_of(state)
@@ -86,11 +86,11 @@ def question(
             state.rate.direction,
             vector,
         )
-    anchor = slices.gather(sweep.anchor, [x.dtype for x in part])
-    point = [
-        jnp.where(kind == PROBE, now, then)
-        for now, then in zip(part, anchor, strict=True)
-    ]
+    layout = layout_of_state(state)
+    dtypes = [leaves[i].dtype for i in layout.inside]
+    anchor = dict(zip(layout.inside, slices.gather(sweep.anchor, dtypes), strict=True))
+    anchor |= dict(zip(layout.outside, sweep.outside.leaves, strict=True))
+    point = [jnp.where(kind == PROBE, x, anchor[i]) for i, x in enumerate(leaves)]
     return point, vector
 
 
@@ -100,12 +100,12 @@ def make_product(
     """Returns this step's product, made from what `update` was given."""
     layout, config = layout_of_state(state), state.config
     kind = turn(state)
-    leaves, merge = layouts.restrict(params, layout)
-    part = [jnp.asarray(x) for x in leaves]
+    leaves, rebuild = layouts.match(params, layout)
+    leaves = [jnp.asarray(x) for x in leaves]
 
     def make(state: CurvatureState) -> Packed:
-        point, vector = question(state, part, kind)
-        _, products = products_at(config, layout, merge(point), value_fn, matvec_fn)
+        point, vector = question(state, leaves, kind)
+        _, products = products_at(config, layout, rebuild(point), value_fn, matvec_fn)
         return products.matvec()(vector)
 
     vector = jax.lax.cond(
@@ -128,8 +128,9 @@ def advance(
             f"{type(product).__name__}; pass the last of its three results."
         )
     layout = layout_of_state(state)
-    leaves, _ = layouts.restrict(params, layout)
-    part = [jnp.asarray(x) for x in leaves]
+    leaves, _ = layouts.match(params, layout)
+    leaves = [jnp.asarray(x) for x in leaves]
+    part = [leaves[i] for i in layout.inside]
     kind = jnp.where(product.count == state.count, turn(state), NOTHING)
 
     bend = jnp.zeros((), jnp.float32)
@@ -155,7 +156,9 @@ def advance(
     state = jax.lax.cond(
         complete & state.enabled, lambda s: _finish(s, part), lambda s: s, state
     )
-    state = jax.lax.cond(_begins(state), lambda s: _begin(s, part), lambda s: s, state)
+    state = jax.lax.cond(
+        _begins(state), lambda s: _begin(s, leaves), lambda s: s, state
+    )
     return state, Probe(kind == PROBE, bend)
 
 
@@ -176,10 +179,11 @@ def _begins(state: CurvatureState) -> Array:
     return due & state.enabled
 
 
-def _begin(state: CurvatureState, part: list[Array]) -> CurvatureState:
+def _begin(state: CurvatureState, leaves: list[Array]) -> CurvatureState:
     """Starts a sweep; one still under way is given up and counts as rejected."""
     sweep, counters = _sweep_of(state), state.counters
     layout = layout_of_state(state)
+    part = [leaves[i] for i in layout.inside]
     m = sweep.lanczos.betas.shape[0]
     given_up = sweep.lanczos.index < m
     counters = counters._replace(
@@ -195,6 +199,7 @@ def _begin(state: CurvatureState, part: list[Array]) -> CurvatureState:
     sweep = SweepState(
         lanczos=slices.on_slices(layout, start, vector),
         anchor=anchor,
+        outside=layouts.Outside(tuple(leaves[i] for i in layout.outside), layout),
         start=refreshing.anchor_at(state, part),
     )
     return state._replace(sweep=sweep)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dho2_jax import _base as bases
@@ -181,7 +182,7 @@ def dho2(
             return DHO2State(base.init(params), init_curvature(config, params))
         outside = ()
         if curvature_mask is not None:
-            outside = layouts.masked_out(params, curvature_mask)
+            outside = _masked_out(params, curvature_mask)
         layout = layouts.layout_of(params, outside)
         check_params(layouts.map_outside(_nothing, params, layout), "init")
         if config.size > layout.size:
@@ -256,6 +257,39 @@ def dho2(
         return new_updates, DHO2State(base_state, lay_out(layout, ours))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _masked_out(params: optax.Params, mask: Any) -> tuple[int, ...]:
+    """Returns which leaves of `params` a `curvature_mask` leaves out, by number.
+
+    Raises:
+      ValueError: If it is no prefix of the parameters' tree that holds bools, or leaves
+        out everything.
+    """
+    mask = mask(params) if callable(mask) else mask
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise ValueError(
+                "`curvature_mask` must hold bools, got "
+                f"{type(leaf).__name__}; True for what takes part in the curvature."
+            )
+    try:
+        spread = jax.tree.map(
+            lambda flag, part: [bool(flag)] * len(jax.tree.leaves(part)), mask, params
+        )
+    except ValueError as error:
+        raise ValueError(
+            "`curvature_mask` must be a prefix of the parameters' tree, got "
+            f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}; give one "
+            "bool for each parameter or subtree."
+        ) from error
+    flags = jax.tree.leaves(spread)
+    if flags and not any(flags):
+        raise ValueError(
+            "`curvature_mask` must be True somewhere, got False for all parameters; to "
+            "train without curvature use the base optimizer alone."
+        )
+    return tuple(i for i, flag in enumerate(flags) if not flag)
 
 
 def _nothing(_: Any) -> None:

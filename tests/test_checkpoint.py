@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_jax
+import dho2_jax.nnx
 from dho2_jax import check_restorable
 
 grain = pytest.importorskip("grain")
@@ -52,10 +53,13 @@ class Loop(NamedTuple):
         """What to restore into: shapes, with the places of this loop's devices."""
         whole = NamedSharding(self.mesh, P())
         shapes = jax.eval_shape(parameters)
-        params = abstract(shapes, jax.tree.map(lambda _: whole, shapes))
-        state = jax.eval_shape(self.tx.init, params)
-        shardings = dho2_jax.state_shardings(self.tx, params)
-        return {"params": params, "opt_state": abstract(state, shardings)}
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+        )
+        return {
+            "params": params,
+            "opt_state": dho2_jax.abstract_state(self.tx, params),
+        }
 
     def start(self):
         params = jax.device_put(parameters(), NamedSharding(self.mesh, P()))
@@ -68,14 +72,6 @@ class Loop(NamedTuple):
 def parameters():
     w = jnp.sin(jnp.arange(64.0)).reshape(8, 8)
     return {"w": w, "b": jnp.zeros(8), "v": jnp.full(8, 0.3, jnp.float32)}
-
-
-def abstract(shapes, shardings):
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        shardings,
-    )
 
 
 @functools.cache
@@ -219,7 +215,7 @@ OTHERS = [
     ({"num_smallest": 1}, "`num_largest` + `num_smallest` was 3, and is 4"),
     ({"base_rate": "fixed"}, "`base_rate` was 'curvature', and is 'fixed'"),
     ({"refresh": "staggered"}, "`refresh` was 'periodic' or 'external', and is 'stag"),
-    ({"params": {"w": jnp.ones((1024, 3))}}, "the size of the parameters"),
+    ({"params": {"w": jnp.ones((1024, 3))}}, "the shape of array 0 of them was"),
 ]
 
 
@@ -277,3 +273,67 @@ def test_the_new_interface_of_orbax(tmp_path):
     for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(train), strict=True):
         np.testing.assert_array_equal(x, y)
         assert x.sharding == y.sharding
+
+
+class Deep(nnx.Module):
+    """Arrays of so many shapes that they are stored in more than ten."""
+
+    def __init__(self, rngs):
+        sizes = [2, *range(3, 16)]
+        self.layers = nnx.List(
+            nnx.Linear(256, n, rngs=rngs, use_bias=False) for n in sizes
+        )
+        self.norm = nnx.BatchNorm(256, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(x)
+        return sum(jnp.tanh(layer(x)).sum(-1) for layer in self.layers)
+
+
+def test_nnx_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """Model with its statistics, and optimizer, as one `nnx.state`."""
+
+    def start():
+        model = Deep(nnx.Rngs(0))
+        tx = dho2_jax.dho2(optax.adam(1e-3), num_largest=2, refresh_period=3)
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def loss_fn(model, batch):
+        return jnp.mean((model(batch) - 1) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        value, grads = nnx.value_and_grad(loss_fn)(model, batch)
+        value_fn = dho2_jax.nnx.value_fn(loss_fn, model, batch)
+        optimizer.update(model, grads, value_fn=value_fn)
+        return value
+
+    def train(model, optimizer, steps):
+        keys = (jax.random.fold_in(jax.random.key(1), i) for i in steps)
+        return [
+            float(step(model, optimizer, jax.random.normal(key, (16, 256))))
+            for key in keys
+        ]
+
+    model, optimizer = start()
+    train(model, optimizer, range(4))
+    handlers = {"run": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+        saved = ocp.args.StandardSave(nnx.state((model, optimizer)))
+        manager.save(4, args=ocp.args.Composite(run=saved))
+        expected = train(model, optimizer, range(4, 10))
+        manager.wait_until_finished()
+        model, optimizer = start()
+        metadata = manager.item_metadata(4)["run"]
+        check_restorable(metadata, optimizer.opt_state)
+        stored = dho2_jax.subspace(optimizer.opt_state).eigenvectors
+        assert len(jax.tree.leaves(stored)) > 11
+        with pytest.raises(ValueError, match="was 2, and is 3"):
+            tx = dho2_jax.dho2(optax.adam(1e-3), num_largest=3)
+            check_restorable(
+                metadata, nnx.Optimizer(model, tx, wrt=nnx.Param).opt_state
+            )
+        target = ocp.args.StandardRestore(nnx.state((model, optimizer)))
+        found = manager.restore(4, args=ocp.args.Composite(run=target))["run"]
+    nnx.update((model, optimizer), found)
+    assert train(model, optimizer, range(4, 10)) == expected

@@ -194,3 +194,10 @@ def test_part_j_is_every_nth_example_from_the_jth_on():
 def test_errors(loss_fn, batch, num_chunks, message):
     with pytest.raises(ValueError, match=message):
         dho2_jax.chunked_value_fn(loss_fn, batch, num_chunks=num_chunks)
+
+
+def test_a_loss_that_is_not_a_scalar():
+    for loss in (lambda p, b: (jnp.sum(p * b), {}), lambda p, b: p * b[0]):
+        value_fn = dho2_jax.chunked_value_fn(loss, jnp.ones((8, 3)), num_chunks=2)
+        with pytest.raises(ValueError, match="`loss_fn` must return one scalar"):
+            value_fn(jnp.ones(3))

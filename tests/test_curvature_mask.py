@@ -19,7 +19,7 @@ MASK = {"embed": False, "net": {"w": True, "v": True}}
 def make_params():
     keys = jax.random.split(jax.random.key(0), 3)
     return {
-        "embed": jax.random.normal(keys[0], (16, 8)) / 3,
+        "embed": jax.random.normal(keys[0], (256, 8)) / 8,
         "net": {
             "w": jax.random.normal(keys[1], (8, 256)) / 3,
             "v": jax.random.normal(keys[2], (256,)) / 16,
@@ -28,8 +28,8 @@ def make_params():
 
 
 def make_batch(size=64):
-    x = jax.random.normal(jax.random.key(3), (size, 16))
-    return x, jnp.sin(x.sum(1))
+    x = jax.random.normal(jax.random.key(3), (size, 256))
+    return x, jnp.sin(x.sum(1) / 4)
 
 
 def loss(params, batch):
@@ -243,10 +243,20 @@ def test_nnx_boxes():
 # --- on a mesh -----------------------------------------------------------------------
 
 SPECS = {"embed": P("data"), "net": {"w": P(None, "data"), "v": P()}}
+WHOLE = {"embed": P(None, None), "net": {"w": P(None, None), "v": P(None)}}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_on_a_mesh_as_on_one_device(kind):
+@pytest.mark.parametrize(
+    ("kind", "specs"),
+    [
+        (AxisType.Auto, SPECS),
+        (AxisType.Auto, jax.tree.map(lambda _: P(), SPECS)),
+        # Split, this loss would have to name shardings; and P() alone is, to the cache
+        # of jit, another than the P(None, None) that a step returns.
+        (AxisType.Explicit, WHOLE),
+    ],
+)
+def test_on_a_mesh_as_on_one_device(kind, specs):
     params, batch = make_params(), make_batch()
     tx = dho2_jax.dho2(optax.adam(1e-2), curvature_mask=MASK, **SETTINGS)
     expected, _, _ = run(stepper(tx), params, tx.init(params), batch)
@@ -258,11 +268,6 @@ def test_on_a_mesh_as_on_one_device(kind):
             tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
         )
 
-    specs = SPECS
-    if kind == AxisType.Explicit:
-        # Split, this loss would have to say where its products lie; P() alone is, to
-        # the cache of jit, another sharding than what a step returns.
-        specs = jax.tree.map(lambda x: P(*[None] * x.ndim), params)
     tx = dho2_jax.dho2(
         optax.adam(1e-2),
         curvature_mask=MASK,
@@ -280,7 +285,7 @@ def test_on_a_mesh_as_on_one_device(kind):
             assert x.sharding.is_equivalent_to(where, x.ndim)
     moments = state.base_state[0].mu
     embed = moments["embed"].addressable_shards[0].data
-    assert embed.shape == ((2, 8) if kind == AxisType.Auto else (16, 8))  # as it lies
+    assert embed.size == 256 * 8 / 8
     assert moments["net"]["w"].addressable_shards[0].data.size == 8 * 256 / 8
 
     step = stepper(tx)
@@ -289,6 +294,35 @@ def test_on_a_mesh_as_on_one_device(kind):
     assert step._cache_size() == 1
     for x, where in zip(*map(jax.tree.leaves, (state, shardings)), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
+
+
+def test_overlapped():
+    """On two devices that do not train, from what takes part alone."""
+    params, batch = make_params(), make_batch()
+    near, far = (
+        jax.make_mesh(
+            (len(devices),), (name,), axis_types=(AxisType.Auto,), devices=devices
+        )
+        for devices, name in ((jax.devices()[:2], "data"), (jax.devices()[2:4], "far"))
+    )
+    tx = dho2_jax.dho2(
+        optax.adam(1e-2),
+        num_largest=3,
+        num_matvecs=8,
+        refresh="external",
+        curvature_mask=MASK,
+        mesh=near,
+    )
+    params = jax.device_put(params, NamedSharding(near, P()))
+    overlap = dho2_jax.overlapped_refresh(loss, mesh=far)
+    state = tx.init(params)
+    landed = overlap.land(state, overlap.launch(state, params, batch))
+    there = jax.jit(lambda s, p: dho2_jax.refresh(s, p, lambda q: loss(q, batch)))(
+        tx.init(params), params
+    )
+    found, expected = map(dho2_jax.subspace, (landed, there))
+    np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-4)
+    assert found.valid.all() and not jax.tree.leaves(found.eigenvectors["embed"])
 
 
 def test_staggered_across_an_axis():
@@ -315,8 +349,26 @@ def test_staggered_across_an_axis():
         return optax.apply_updates(params, updates), state, value
 
     losses, _, state = run(step, params, tx.init(params), batch, 16)
-    assert int(dho2_jax.metrics(state)["refreshes"]) == 2
+    # What takes no part is trained meanwhile: a sweep keeps it too as it was.
+    seen = dho2_jax.metrics(state)
+    assert int(seen["refreshes"]) == 2 and int(seen["rejected"]) == 0
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_sweep_is_of_one_function_while_the_rest_is_trained():
+    params, batch = make_params(), make_batch()
+    settings = {"num_largest": 3, "num_matvecs": 4, "curvature_mask": MASK}
+    tx = dho2_jax.dho2(
+        optax.adam(1e-2), refresh="staggered", refresh_period=20, **settings
+    )
+    _, _, state = run(stepper(tx), params, tx.init(params), batch, 8)
+    external = dho2_jax.dho2(optax.adam(1e-2), refresh="external", **settings)
+    expected = jax.jit(lambda s, p: dho2_jax.refresh(s, p, lambda q: loss(q, batch)))(
+        external.init(params), params
+    )
+    found, expected = map(dho2_jax.subspace, (state, expected))
+    assert found.valid.all()
+    np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-5)
 
 
 def test_inside_the_callers_own_shard_map():

@@ -80,16 +80,21 @@ def test_killed_and_started_again_it_goes_on(tmp_path, started):
         if step > last:
             shutil.rmtree(checkpoints / str(step))
 
-    started += start(tmp_path, "second", last + 3)
+    started += start(tmp_path, "second", 1_000_000)
+    deadline = time.monotonic() + PATIENCE
+    while last + 1 not in losses(tmp_path / "saidsecond1"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    started[2].terminate()  # one of them: both save and end
     for process in started[2:]:
         process.wait(PATIENCE)
         assert process.returncode == 0, [
             path.read_text() for path in tmp_path.glob("saidsecond*")
         ]
     first, second = (losses(tmp_path / f"saidsecond{i}") for i in range(2))
-    assert first == second and list(first) == [last + 1, last + 2, last + 3]
+    assert first == second and min(first) == last + 1
     assert first[last + 1] == before[last + 1]  # every digit
-    assert saved_steps(checkpoints)[-1] == last + 3
+    assert saved_steps(checkpoints)[-1] == max(first)
     text = (tmp_path / "saidsecond1").read_text()
     assert "process 1 of 2 has 2 of 4 devices" in text
 

@@ -89,26 +89,23 @@ def main() -> None:
     print(who, jax.local_device_count(), f"of {jax.device_count()} devices", flush=True)
     # One axis: batches are divided over it, and so are the parameters (FSDP).
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    shapes = jax.eval_shape(lambda: init_params(options.width))
     divides = lambda x: x.shape[0] % mesh.size == 0  # noqa: E731
-    specs = jax.tree.map(lambda x: P("data") if divides(x) else P(), shapes)
-    layout = {"mesh": mesh, "param_specs": specs}
-    k = options.num_largest
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            *(x.shape, x.dtype),
+            sharding=NamedSharding(mesh, P("data") if divides(x) else P()),
+        ),
+        jax.eval_shape(lambda: init_params(options.width)),
+    )
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    k, layout = options.num_largest, {"mesh": mesh, "param_specs": specs}
     tx = dho2_jax.dho2_adam(1e-3, num_largest=k, refresh="external", **layout)
-    where = {
-        "params": jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
-        "state": dho2_jax.state_shardings(tx, shapes),
-    }
+    target = {"params": params, "state": dho2_jax.abstract_state(tx, params)}
+    where = jax.tree.map(lambda x: x.sharding, target)
 
     def init():
         params = init_params(options.width)
         return {"params": params, "state": tx.init(params)}
-
-    target = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(init),
-        where,
-    )
 
     @jax.jit(donate_argnums=0, out_shardings=(where, NamedSharding(mesh, P())))
     def train_step(run, batch):
@@ -142,6 +139,8 @@ def main() -> None:
                 print(f"step {step + 1}: loss {float(loss)!r}", flush=True)
             # By the interval, and when the cloud says that it stops the machines.
             manager.save(step + 1, args=ocp.args.StandardSave(run), force=is_last)
+            if manager.reached_preemption(step + 1):
+                break  # in all processes at the same step
     jax.distributed.shutdown()
 
 
