@@ -50,6 +50,16 @@ def stepper(tx):
     return step
 
 
+def refreshed(tx, params, batch):
+    """The state after one refresh."""
+
+    @jax.jit
+    def refresh(state, params):
+        return dho2_jax.refresh(state, params, lambda p: loss(p, batch))
+
+    return refresh(tx.init(params), params)
+
+
 def run(step, params, state, batch, steps=10):
     losses = []
     for _ in range(steps):
@@ -67,9 +77,7 @@ def test_eigenpairs_are_those_of_the_block_that_takes_part():
         refresh="external",
         curvature_mask=MASK,
     )
-    state = jax.jit(lambda s, p: dho2_jax.refresh(s, p, lambda q: loss(q, batch)))(
-        tx.init(params), params
-    )
+    state = refreshed(tx, params, batch)
     found = dho2_jax.subspace(state)
     flat, unravel = jax.flatten_util.ravel_pytree(params["net"])
     dense = jax.hessian(lambda x: loss(params | {"net": unravel(x)}, batch))(flat)
@@ -205,9 +213,7 @@ def test_inside_other_masks_and_injected():
         **(SETTINGS | {"refresh": "external"}),
     )
     tx = optax.masked(inner, jax.tree.map(lambda _: True, MASK) | {"frozen": False})
-    state = tx.init(params)
-    refresh = jax.jit(lambda s, p: dho2_jax.refresh(s, p, lambda q: loss(q, batch)))
-    state = refresh(state, params)
+    state = refreshed(tx, params, batch)
     grads = jax.grad(loss)(make_params(), batch) | {"frozen": jnp.ones(2)}
     updates, state = jax.jit(tx.update)(grads, state, params)
     assert int(dho2_jax.metrics(state)["num_valid"]) == 3
@@ -317,9 +323,7 @@ def test_overlapped():
     overlap = dho2_jax.overlapped_refresh(loss, mesh=far)
     state = tx.init(params)
     landed = overlap.land(state, overlap.launch(state, params, batch))
-    there = jax.jit(lambda s, p: dho2_jax.refresh(s, p, lambda q: loss(q, batch)))(
-        tx.init(params), params
-    )
+    there = refreshed(tx, params, batch)
     found, expected = map(dho2_jax.subspace, (landed, there))
     np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-4)
     assert found.valid.all() and not jax.tree.leaves(found.eigenvectors["embed"])
@@ -363,9 +367,7 @@ def test_a_sweep_is_of_one_function_while_the_rest_is_trained():
     )
     _, _, state = run(stepper(tx), params, tx.init(params), batch, 8)
     external = dho2_jax.dho2(optax.adam(1e-2), refresh="external", **settings)
-    expected = jax.jit(lambda s, p: dho2_jax.refresh(s, p, lambda q: loss(q, batch)))(
-        external.init(params), params
-    )
+    expected = refreshed(external, params, batch)
     found, expected = map(dho2_jax.subspace, (state, expected))
     assert found.valid.all()
     np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-5)
