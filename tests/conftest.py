@@ -25,3 +25,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def started():
+    """A list of processes, which are killed at the end."""
+    processes = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()

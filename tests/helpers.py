@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 
 import jax
 import jax.flatten_util
@@ -186,5 +187,30 @@ def surroundings(num_devices, **more):
 
 
 def hear_interrupts():
-    """For `preexec_fn`: a shell lets what it starts with `&` ignore Ctrl-C."""
+    """Has what is started next hear Ctrl-C, also where a shell started this by `&`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start_processes(command, directory, number=2, num_devices=4, said="said"):
+    """Starts a command in processes that join; what they say goes to files by number.
+
+    Each finds the others by its environment, and has so many virtual CPU devices.
+    """
+    environment = surroundings(
+        num_devices,
+        JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}",
+        JAX_NUM_PROCESSES=str(number),
+    )
+    hear_interrupts()
+    processes = []
+    for index in range(number):
+        with open(directory / f"{said}{index}", "w") as file:
+            processes.append(
+                subprocess.Popen(
+                    [str(one) for one in command],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment | {"JAX_PROCESS_ID": str(index)},
+                )
+            )
+    return processes

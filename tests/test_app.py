@@ -288,13 +288,13 @@ def test_ctrl_c_keeps_what_was_written(tmp_path):
         f"--config.workdir={workdir}",
     ]
     lines = workdir / "dho2" / "metrics.jsonl"
+    hear_interrupts()
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        preexec_fn=hear_interrupts,
     ) as process:
         try:
             deadline = time.monotonic() + 120

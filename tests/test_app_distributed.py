@@ -5,14 +5,14 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from helpers import free_port, hear_interrupts, surroundings
+from helpers import start_processes
+from jax.experimental import multihost_utils
 
 from dho2_jax.app import cli, distributed, experiment
 from dho2_jax.app.errors import UserError
@@ -33,42 +33,15 @@ HEARTBEAT = 8
 PATIENCE = 120  # for what takes seconds on an idle machine
 
 
-def start(tmp_path, steps):
+def start(tmp_path, steps, *more):
     """Starts two processes of four devices each; what they say goes to files."""
-    environment = surroundings(
-        4,
-        JAX_COORDINATOR_ADDRESS=f"localhost:{free_port()}",
-        JAX_NUM_PROCESSES="2",
-    )
-    processes = []
-    for index in range(2):
-        command = [
-            *(sys.executable, "-m", "dho2_jax.app.cli", "train", str(DIGITS), *SMALL),
-            f"--config.steps={steps}",
-            f"--config.workdir={tmp_path}/out",
-            f"--process-id={index}",
-            f"--heartbeat-seconds={HEARTBEAT}",
-        ]
-        with open(tmp_path / f"said{index}", "w") as said:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    stdout=said,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    preexec_fn=hear_interrupts,
-                )
-            )
-    return processes
-
-
-@pytest.fixture
-def started():
-    processes = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.wait()
+    command = [
+        *(sys.executable, "-m", "dho2_jax.app.cli", "train", DIGITS, *SMALL, *more),
+        f"--config.steps={steps}",
+        f"--config.workdir={tmp_path}/out",
+        f"--heartbeat-seconds={HEARTBEAT}",
+    ]
+    return start_processes(command, tmp_path)
 
 
 def read_rows(path):
@@ -102,6 +75,16 @@ def test_two_processes_train_like_one(tmp_path, started):
     assert "validation loss" not in second and "Compiling" not in second
 
 
+def test_a_mistake_that_the_first_sees_ends_all(tmp_path, started):
+    started += start(tmp_path, 12, "--config.resume=no/such")
+    assert [process.wait(PATIENCE) for process in started] == [2, 2]
+    for index in range(2):
+        said = (tmp_path / f"said{index}").read_text()
+        assert "dho2: error: `config.resume` must be" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("victim", "number", "seconds"),
     [
@@ -130,6 +113,44 @@ def test_when_one_ends_so_does_the_other(victim, number, seconds, tmp_path, star
     if number == signal.SIGINT:
         assert status == cli.INTERRUPTED
         assert "stopped by Ctrl-C" in said[victim] and "Traceback" not in said[victim]
+
+
+# --- what the first decides ---------------------------------------------------------
+
+
+def test_what_the_first_process_decides_or_refuses_holds_in_all(monkeypatch):
+    assert distributed.from_first(lambda: {"a": (1, None)}) == {"a": [1, None]}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sent = []
+
+    def in_the_first(value):
+        sent.append(np.array(value))
+        return value
+
+    def in_another(value):
+        found = sent.pop(0)
+        assert found.shape == value.shape and found.dtype == value.dtype
+        return found
+
+    def refuse():
+        raise UserError("`config.resume` is wrong: ä.")
+
+    def never():
+        raise AssertionError("asked elsewhere")
+
+    for decide, expected in ((refuse, "is wrong: ä"), (lambda: ["ä" * 9999], None)):
+        for index, send, question in (
+            (0, in_the_first, decide),
+            (1, in_another, never),
+        ):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", send)
+            if expected:
+                with pytest.raises(UserError, match=expected):
+                    distributed.from_first(question)
+            else:
+                assert distributed.from_first(question) == ["ä" * 9999]
+        assert not sent
 
 
 # --- who the others are --------------------------------------------------------------

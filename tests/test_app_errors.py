@@ -59,12 +59,24 @@ def fails(arguments, capsys):
         ("--config.checkpoint_every=-1", "must not be negative, got -1; 0 saves no"),
         ("--config.keep_checkpoints=0", "must be at least 1, got 0"),
         ("--config.resume=sometimes", "`config.resume` must be 'auto', 'never' or"),
+        (
+            "--config.workdir=gs://bucket/run",
+            "must be a path of this machine, got 'gs:",
+        ),
+        ("--config.resume=gs://bucket/run", "mount the bucket and give the path"),
         ("--steps=3", "--steps=3"),
     ],
 )
 def test_wrong_override(override, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert expected in fails(["train", DIGITS, override], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_goes_on_with_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = fails(["compare", DIGITS, f"--config.resume={tmp_path}"], capsys)
+    assert "only `dho2 train` goes on with a run" in said
     assert not list(tmp_path.iterdir())
 
 

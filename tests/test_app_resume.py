@@ -1,16 +1,18 @@
 """`dho2 train` stopped in any way and called again: the run that never stopped."""
 
+import concurrent.futures
 import json
 import pathlib
-import subprocess
+import shutil
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
-from helpers import free_port, surroundings
+from helpers import start_processes
 
-from dho2_jax.app import checkpoint, cli, experiment, resume, writers
+from dho2_jax.app import checkpoint, cli, distributed, experiment, resume, writers
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.train import Progress
 
@@ -60,10 +62,13 @@ def compiled_once():
         yield
 
 
+def changes(directory, *overrides):
+    return [f"--config.{x}" for x in (*SMALL, *overrides, f"workdir={directory}")]
+
+
 def prepare(directory, *overrides):
-    changes = [f"--config.{one}" for one in (*SMALL, *overrides)]
-    changes.append(f"--config.workdir={directory}")
-    return experiment.prepare(str(DIGITS), changes, may_resume=True)
+    arguments = changes(directory, *overrides)
+    return experiment.prepare(str(DIGITS), arguments, may_resume=True)
 
 
 def never():
@@ -148,6 +153,12 @@ def test_the_base_goes_on_too_and_what_is_finished_is_not_repeated(tmp_path):
     assert [summary[name]["steps"] for name in ("dho2", "base")] == [64, 64]
     assert experiment.draw(prepared, runs).stat().st_size > 10_000
 
+    # A longer one, killed early: what is known of the other stays.
+    longer = prepare(parts, *mode, "steps=70", f"resume={parts}")
+    assert experiment.train_both(longer, after(2))[0].interrupted
+    summary = json.loads((parts / "summary.json").read_text())
+    assert [summary[name]["steps"] for name in ("dho2", "base")] == [65, 64]
+
 
 def test_which_directory_a_run_gets(tmp_path, capsys):
     short = ("steps=4", "train_base=False")
@@ -180,6 +191,102 @@ def test_which_directory_a_run_gets(tmp_path, capsys):
     assert prepare(out, *short).directory == tmp_path / "out-4"  # it was finished
 
 
+def choose(directory, *overrides):
+    config = experiment.read_config(str(DIGITS), changes(directory, *overrides))
+    place = resume.choose(config, "name", ["dho2", "base"])
+    resume.release(place)
+    return place
+
+
+def pretend_a_checkpoint(directory):
+    item = directory / "dho2" / resume.CHECKPOINTS / "5" / checkpoint.STATE
+    item.mkdir(parents=True)
+    (item / checkpoint.METADATA).touch()
+
+
+def test_an_older_run_of_the_same_values_goes_on(tmp_path, capsys):
+    out = tmp_path / "out"
+    for seed, name in ((0, "out"), (1, "out-1")):
+        place = choose(out, f"seed={seed}")
+        assert place.directory == tmp_path / name and not place.is_resumed
+        pretend_a_checkpoint(place.directory)
+    capsys.readouterr()
+    for seed, name in ((0, "out"), (1, "out-1"), (0, "out")):
+        place = choose(out, f"seed={seed}")
+        assert place.directory == tmp_path / name and place.is_resumed
+        assert place.steps == {"dho2": [5], "base": []} and place.finished == {}
+    assert capsys.readouterr().err == ""
+    assert choose(out, "seed=2").directory == tmp_path / "out-2"
+    said = capsys.readouterr().err
+    assert "out-1 holds an unfinished run" in said and said.count("\n") == 1
+
+    (out / "config.json").write_text('{"seed": 0, ')
+    assert choose(out, "seed=0").directory == tmp_path / "out-3"
+    with pytest.raises(UserError, match=r"that has checkpoints and config\.json"):
+        choose(out, f"resume={out}")
+
+
+def test_commands_started_at_once_get_a_directory_each(tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = [*pool.map(lambda _: resume._make(out), range(8))]
+    paths = {path for path, _ in made}
+    assert len(paths) == 8
+    for _, lock in made:
+        lock.close()
+
+    # Another one that comes and goes between the look at it and the lock.
+    lock_it = resume._lock
+
+    def late(path):
+        if path not in paths:
+            writers.write_json(path / "config.json", {})
+            paths.add(path)
+        return lock_it(path)
+
+    shutil.rmtree(min(paths))
+    paths.remove(min(paths))
+    monkeypatch.setattr(resume, "_lock", late)
+    path, lock = resume._make(out)
+    lock.close()
+    assert not (path / "config.json").exists() and path != tmp_path / "out"
+
+
+def test_what_not_all_processes_see_stays_as_it_is(saved_run, monkeypatch):
+    files = [path for path in saved_run.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "everywhere", lambda here: False)
+        with pytest.raises(UserError, match=r"all processes see.*resume=never"):
+            prepare(saved_run, "steps=9", "train_base=False", f"resume={saved_run}")
+    assert before == {path: path.read_bytes() for path in files}
+    assert choose(saved_run, f"resume={saved_run}").is_resumed  # nobody holds it
+
+
+@pytest.mark.parametrize("part", ["_METADATA", "d"])
+def test_a_damaged_checkpoint(part, saved_run, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(saved_run, out)
+    checkpoints = out / "dho2" / "checkpoints"
+    assert checkpoint.steps_in(checkpoints) == [2, 3]
+    damaged = checkpoints / "3" / "state" / part
+    files = damaged.rglob("*") if damaged.is_dir() else [damaged]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:10])
+    common = ("steps=5", "train_base=False", f"resume={out}")
+    with pytest.raises(UserError) as error_info:
+        experiment.train_both(prepare(out, *common), never)
+    message = str(error_info.value)
+    assert f"the checkpoint {checkpoints / '3'} cannot be read (" in message
+    assert message.endswith(
+        "; delete it to go on from step 2, or begin anew with --config.resume=never."
+    )
+    assert "\n" not in message and "NoneType" not in message
+    shutil.rmtree(checkpoints / "3")
+    rows = experiment.train_both(prepare(out, *common), never)[0].rows
+    assert [row["step"] for row in rows] == list(range(6))
+
+
 def test_a_named_run_goes_on_with_other_values(tmp_path):
     out = tmp_path / "out"
     common = ("train_base=False", f"resume={out}")
@@ -210,11 +317,44 @@ def test_a_checkpoint_of_another_shape(override, blame, saved_run):
     assert message.count(". ") == 0 and "\n" not in message
 
 
+def test_another_shape_for_which_no_field_is_to_blame(saved_run, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(saved_run, out)
+    config = json.loads((out / "config.json").read_text())
+    config["optimizer"]["num_largest"] = 5
+    writers.write_json(out / "config.json", config)
+    with pytest.raises(UserError) as error_info:
+        prepare(out, "steps=9", f"resume={out}", "optimizer.num_largest=5")
+    message = str(error_info.value)
+    assert "no field of it differs, but the saved state does not fit" in message
+    assert "`num_largest` + `num_smallest` was 3, and is 5" in message
+    assert message.count(". ") == 0 and "\n" not in message
+
+
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "out"
-    experiment.train_both(prepare(out, "steps=3", "train_base=False"), never)
+    common = ("steps=3", "checkpoint_every=2", "train_base=False")
+    experiment.train_both(prepare(out, *common), never)
     return out
+
+
+def test_no_reader_sees_half_a_file(tmp_path):
+    path = tmp_path / "config.json"
+    writers.write_json(path, {"a": 1})
+    with open(path) as reader:
+        writers.write_json(path, {"a": 2})
+        assert json.load(reader) == {"a": 1}
+    assert writers.read_json(path) == {"a": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("damage", ['{"step": 1, ', "3", "\x00\x00"])
+def test_rows_up_to_the_first_that_is_damaged(damage, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert writers.read_rows(path) == []
+    path.write_text(f'{{"step": 0}}\n{damage}\n{{"step": 2}}\n')
+    assert writers.read_rows(path) == [{"step": 0}]
 
 
 @pytest.mark.parametrize("wrong", ["no/such", "."])
@@ -245,48 +385,40 @@ def test_eight_devices_then_four_then_one_then_eight(tmp_path):
                 np.testing.assert_allclose(row[name], other[name], rtol=5e-4)
 
 
-def test_two_processes_save_and_go_on(tmp_path):
+def test_two_processes_go_on_until_one_is_told_to_end(tmp_path, started):
     """Saved by one process, continued and saved by two, continued by one."""
     out = tmp_path / "out"
-    common = ("train_base=False", "mesh_shape=()", "log_every=2", f"workdir={out}")
+    common = ("train_base=False", "log_every=2")
+    one = (*common, "mesh_shape=(8,)")
+    experiment.train_both(prepare(out, *one, "steps=6"), never)
+    arguments = changes(out, *common, "mesh_shape=()", "steps=1000000", f"resume={out}")
+    command = [sys.executable, "-m", "dho2_jax.app.cli", "train", DIGITS, *arguments]
+    started += start_processes(command, tmp_path)
 
-    def launch(*overrides):
-        port = free_port()
-        environment = surroundings(
-            4, JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2"
-        )
-        changes = [f"--config.{one}" for one in (*SMALL, *common, *overrides)]
-        command = [sys.executable, "-m", "dho2_jax.app.cli", "train", str(DIGITS)]
-        processes = [
-            subprocess.Popen(
-                [*command, *changes, f"--process-id={index}"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-            )
-            for index in range(2)
-        ]
-        try:
-            said = [process.communicate(timeout=120)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0], said
-        return said
+    def said(index=0):
+        return (tmp_path / f"said{index}").read_text()
 
-    first = prepare(out, *common, "steps=6", "mesh_shape=(8,)")
-    experiment.train_both(first, never)
-    said = launch("steps=14", f"resume={out}")
-    assert "Going on with DHO² (Adam) from step 6" in said[0]
-    assert "Going on" not in said[1]
-    last = prepare(out, *common, "steps=20", f"resume={out}", "mesh_shape=(8,)")
-    experiment.train_both(last, never)
-    rows = rows_of(out)
-    whole = prepare(tmp_path / "whole", *common[:-1], "steps=20", "mesh_shape=(8,)")
-    expected = experiment.train_both(whole, never)[0].rows
-    assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, other in zip(rows, expected, strict=True):
+    deadline = time.monotonic() + 120
+    while len(writers.read_rows(out / "dho2" / "metrics.jsonl")) < 12:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in started), (said(), said(1))
+        time.sleep(0.2)
+    started[1].terminate()
+    assert [process.wait(60) for process in started] == [cli.TERMINATED] * 2, said()
+    assert "Going on with DHO² (Adam) from step 6" in said()
+    at = checkpoint.steps_in(out / "dho2" / "checkpoints")[-1]
+    assert f"Stopped by SIGTERM at step {at} of DHO²" in said()
+    assert "Going on" not in said(1) and "Stopped" not in said(1)
+
+    last = prepare(out, *one, f"steps={at + 6}", f"resume={out}")
+    rows = experiment.train_both(last, never)[0].rows
+    steps = {*range(0, at + 7, 2), at + 6}  # as without a break
+    assert [row["step"] for row in rows_of(out)] == sorted(steps)
+    whole = prepare(tmp_path / "whole", *one, "steps=20")
+    expected = experiment.train_both(whole, never)[0].rows[:-1]
+    assert expected[-1]["step"] == 18
+    for row, other in zip(rows, expected, strict=False):
+        assert row["step"] == other["step"]
         for name in ("train_loss", "sharpness"):
             if name in row:
                 np.testing.assert_allclose(row[name], other[name], rtol=2e-4)
@@ -298,9 +430,8 @@ def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         "dho2_jax.app.train.interruptible",
         lambda: __import__("contextlib").nullcontext(asked),
     )
-    changes = [f"--config.{one}" for one in SMALL]
     with pytest.raises(SystemExit) as exit_info:
-        cli.main(["train", str(DIGITS), *changes, f"--config.workdir={tmp_path}/out"])
+        cli.main(["train", str(DIGITS), *changes(tmp_path / "out")])
     assert exit_info.value.code == cli.INTERRUPTED
     assert "The same command goes on from there" in capsys.readouterr().out
 

@@ -129,6 +129,14 @@ def test_the_history_is_that_of_the_metrics(state, tmp_path):
     assert rows == [old]
 
 
+def test_metrics_of_another_loop_are_no_history(state, tmp_path):
+    manage(tmp_path / "checkpoints", {7: state})
+    lines = '{"eigenvalues": [1.0]}\n{"step": 0, "eigenvalues": [2.0]}\n'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    found, rows = spectrum.load(str(tmp_path))
+    assert [row["eigenvalues"][-1] for row in rows] == [found.eigenvalues[0]]
+
+
 def test_states_in_other_nests(state, tmp_path):
     """Boxed by NNX; behind Optax wrappers; by Orbax's newer interface; fixed rate."""
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from helpers import free_port, surroundings
 
 POD = pathlib.Path(__file__).parents[1] / "notebooks" / "pod"
@@ -35,15 +34,6 @@ def start(directory, run, steps):
                 )
             )
     return processes
-
-
-@pytest.fixture
-def started():
-    processes = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 def losses(path):

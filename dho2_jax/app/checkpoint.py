@@ -3,7 +3,7 @@
 
 Parameters and optimizer state are arrays, written while training goes on; how far the
 run is, the data iterator's position included, is a small JSON beside them. All
-processes take part. Imports nothing of the application but `train.Progress`.
+processes take part. Imports of the application only `train.Progress` and `errors`.
 """
 
 import contextlib
@@ -14,10 +14,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dho2_jax import check_restorable
+from dho2_jax.app.errors import UserError
 from dho2_jax.app.train import Progress
 
 STATE, PROGRESS = "state", "progress"  # the two parts of a checkpoint
 METADATA = "_METADATA"  # Orbax's description of a tree; in each that is complete
+
+# What Orbax raises of files that are cut off, missing or not its own.
+DAMAGED = (ValueError, OSError, LookupError, TypeError, AttributeError)
 
 Manager = Any  # an ocp.CheckpointManager
 
@@ -87,23 +92,42 @@ def restore(
 
     Returns:
       Parameters, state and progress, as `save` was given them.
+
+    Raises:
+      UserError: If it cannot be read.
     """
     target = {"params": _abstract(params), "opt_state": _abstract(state)}
-    found = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            **{
-                STATE: ocp.args.StandardRestore(target),
-                PROGRESS: ocp.args.JsonRestore(),
-            }
-        ),
-    )
-    progress = Progress(**found[PROGRESS])
-    return found[STATE]["params"], found[STATE]["opt_state"], progress
+    with _reading(pathlib.Path(manager.directory), step):
+        found = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    STATE: ocp.args.StandardRestore(target),
+                    PROGRESS: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        progress = Progress(**found[PROGRESS])
+        return found[STATE]["params"], found[STATE]["opt_state"], progress
 
 
-def differences(directory: pathlib.Path, step: int, params: Any, state: Any) -> int:
-    """Returns how many arrays of a checkpoint do not have the shape of those given.
+@contextlib.contextmanager
+def _reading(directory: pathlib.Path, step: int) -> Iterator[None]:
+    """Says in one sentence which checkpoint cannot be read, and what to do."""
+    try:
+        yield
+    except DAMAGED as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        before = [one for one in steps_in(directory) if one < step]
+        remedy = f"delete it to go on from step {before[-1]}, or " if before else ""
+        raise UserError(
+            f"the checkpoint {directory / str(step)} cannot be read ({reason}); "
+            f"{remedy}begin anew with --config.resume=never."
+        ) from error
+
+
+def misfit(directory: pathlib.Path, step: int, params: Any, state: Any) -> str | None:
+    """Says why a checkpoint cannot be restored into arrays of given shapes.
 
     Args:
       directory: Of the checkpoints of one run.
@@ -112,11 +136,23 @@ def differences(directory: pathlib.Path, step: int, params: Any, state: Any) -> 
       state: Likewise.
 
     Returns:
-      0 if the checkpoint can be restored into them.
+      One sentence without its full stop, or None if it can be restored.
+
+    Raises:
+      UserError: If it cannot be read.
     """
-    saved = shapes(read_tree(directory / str(step) / STATE))
-    wanted = shapes({"params": params, "opt_state": state})
-    return len(saved.items() ^ wanted.items())
+    with _reading(directory, step):
+        tree = read_tree(directory / str(step) / STATE)
+        saved, wanted = shapes(tree), shapes({"params": params, "opt_state": state})
+    if saved == wanted:
+        return None
+    if any("subspace" in names for names in wanted):
+        try:
+            check_restorable(tree, state)
+        except ValueError as error:
+            return str(error).rstrip(".")
+    name = min(names for names, _ in saved.items() ^ wanted.items())
+    return f"{'.'.join(name)} was of shape {saved.get(name)}, and is {wanted.get(name)}"
 
 
 def shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -130,9 +166,15 @@ def read_tree(path: pathlib.Path) -> Any:
 
     Args:
       path: A directory that holds `METADATA`.
+
+    Raises:
+      ValueError: If it or an array is damaged; Orbax raises others too, see `DAMAGED`.
     """
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.metadata(path.absolute()).item_metadata.tree
+        found = checkpointer.metadata(path.absolute()).item_metadata
+    if found is None:
+        raise ValueError("an array in it, or its description, is damaged")
+    return found.tree
 
 
 def _abstract(tree: Any) -> Any:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dho2_jax.app import distributed
 from dho2_jax.app.errors import UserError, nearest
@@ -20,7 +20,7 @@ EXTRA = (
     *"PIL absl flax grain matplotlib ml_collections orbax sklearn".split(),
     *("tensorboardX", "tqdm"),
 )
-INTERRUPTED = 130  # what a shell expects after SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # what a shell expects after SIGINT and SIGTERM
 
 COMMANDS = ("train", "compare", "plan", "spectrum")
 OPTIONS = ("--help", "--topology", "--json", "--picture", *distributed.OPTIONS)
@@ -46,8 +46,9 @@ into config.workdir (default: runs/<name of the config>).
 Stopped by Ctrl-C or killed, the same command goes on from the last checkpoint, also on
 other devices (--config.mesh_shape). A finished run, or one with another config, is
 never written over: a new directory is made. --config.resume=never begins anew,
---config.resume=DIRECTORY goes on with a run of other values, such as more steps.
---config.checkpoint_every=0 saves none.
+--config.resume=DIRECTORY goes on with a run of other values, such as more steps
+(without the refresh that was under way at its end, if one was, with
+--config.curvature_devices). --config.checkpoint_every=0 saves none.
 """
 COMPARE = """\
 Trains the base optimizer alone and DHO² on the same budget with several seeds
@@ -191,6 +192,8 @@ def _run(arguments: Sequence[str]) -> int:
     distributed.join(
         distributed.members(vars(options), os.environ), options.heartbeat_seconds
     )
+    import jax
+
     from dho2_jax.app import compare, experiment, train
 
     _quieten_orbax()
@@ -202,33 +205,46 @@ def _run(arguments: Sequence[str]) -> int:
         else:
             runs = compare.compare(prepared, should_stop)
         picture = experiment.draw(prepared, runs)
-    if prepared.directory is None:
-        return 0  # the first of many processes writes and prints
+    has_joined = jax.distributed.is_initialized()  # see `train.interruptible`
+    how, status = ("SIGTERM", TERMINATED) if has_joined else ("Ctrl-C", INTERRUPTED)
+    is_stopped = should_stop()
+    if prepared.directory is None:  # the first of many processes writes and prints
+        return status if is_stopped else 0
     if training:
         for run in runs:
-            print(_sentence(experiment.outcome(run)))
+            print(_sentence(train.outcome(run)))
     else:
         summary = compare.summarise(runs)
         compare.write_summary(prepared, summary)
         print(compare.table(summary, prepared.task.loss_label))
-    if should_stop():
+    if is_stopped:
         print(
-            f"Stopped by Ctrl-C at step {runs[-1].rows[-1]['step']} of "
+            f"Stopped by {how} at step {runs[-1].rows[-1]['step']} of "
             f"{runs[-1].optimizer.label}; what was written is kept in "
             f"{prepared.directory}, with the picture {picture}."
             + " The same command goes on from there."
             * (prepared.place is not None)
         )
-        return INTERRUPTED
+        return status
     print(f"Wrote {picture} and, beside it, metrics as JSONL and TensorBoard events.")
     return 0
 
 
 def _quieten_orbax() -> None:
-    """Leaves its errors alone: it warns of files that need not be there."""
+    """Leaves its errors alone: it warns of files that need not be there.
+
+    And where one array cannot be read, it does not wait for the reads of the others.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    show = sys.unraisablehook
+
+    def show_others(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            show(found)
+
+    sys.unraisablehook = show_others
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -243,7 +259,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     measured = plan.plan(options.config, overrides, options.topology)
     print(plan_table.table(measured, options.topology))
     if file is not None:
-        writers.write_json(file, measured)
+        file.write_text(writers.to_json(measured), encoding="utf-8")  # may be a pipe
     return 0
 
 

@@ -10,7 +10,7 @@ import inspect
 import pathlib
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -40,6 +40,11 @@ RUN_DEFAULTS: dict[str, Any] = {
     "mesh_axes": (),  # a name for each; a single axis needs none
     "param_sharding": "replicated",  # "fsdp": split over the axis `fsdp`
 }
+# Those that may change in a run: where it computes and what it keeps.
+FREE = (
+    *("workdir", "resume", "num_seeds", "checkpoint_every", "keep_checkpoints"),
+    *("mesh_shape", "mesh_axes", "param_sharding"),
+)
 REQUIRED: dict[str, type] = {
     "steps": int,
     "batch_size": int,
@@ -270,6 +275,12 @@ def validate(config: Config) -> None:
             value = value[part]
         if not value >= 0:
             raise UserError(f"`config.{name}` must not be negative, got {value}.")
+    for name in ("workdir", "resume"):
+        if "://" in config[name]:
+            raise UserError(
+                f"`config.{name}` must be a path of this machine, got "
+                f"{config[name]!r}; mount the bucket and give the path of that."
+            )
     if config.seed + config.num_seeds > 2**32:
         raise UserError(
             f"`config.seed` must be below 2**32 - num_seeds, got {config.seed}."
@@ -306,3 +317,32 @@ def validate(config: Config) -> None:
             "`config.land_after` must be below config.optimizer.refresh_period="
             f"{longest}, got {config.land_after}; a refresh lands before the next."
         )
+
+
+def changed(
+    there: Mapping[str, Any], here: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which two configs differ.
+
+    Args:
+      there: A config as plain data.
+      here: Another one.
+
+    Returns:
+      The values of both by name; fields of `FREE` are left out.
+    """
+    old, new = dict(_values(there)), dict(_values(here))
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in FREE
+    }
+
+
+def _values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each field's full name with its value."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -8,13 +8,16 @@ first writes files and prints; the others compute. Imports from `errors` only.
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from dho2_jax.app.errors import UserError
 
@@ -46,7 +49,9 @@ process 0, otherwise after at most --heartbeat-seconds ({HEARTBEAT_SECONDS}). Ei
 collective fails in them (exit status 1), or JAX's runtime aborts them (SIGABRT, 134),
 saying "another task died". The same happens if one does not come up within
 {START_SECONDS} seconds, and {SHUTDOWN_SECONDS} after one stops at a mistake that the
-others do not make. Ctrl-C ends a process at once, and so the others.
+others do not make. Ctrl-C ends a process at once, and so the others. SIGTERM to one,
+as Slurm and Kubernetes send before they take a machine away, saves a checkpoint and
+ends all of them after the same step.
 """
 
 OPTIONS = (
@@ -202,6 +207,71 @@ def is_first() -> bool:
 def _is_one_of_many() -> bool:
     # In this order: to count the processes starts the devices.
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def from_first(decide: Callable[[], Any]) -> Any:
+    """Has the first process decide for all.
+
+    Args:
+      decide: Returns plain data; called in the first process only.
+
+    Returns:
+      What it returned, as JSON keeps it, in every process.
+
+    Raises:
+      UserError: In every process, if `decide` raised one.
+    """
+    text = ""
+    if is_first():
+        try:
+            text = json.dumps({"decided": decide()})
+        except UserError as error:
+            text = json.dumps({"error": str(error)})
+    said = json.loads(text if jax.process_count() == 1 else _broadcast(text))
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["decided"]
+
+
+def _broadcast(text: str) -> str:
+    """Returns the text that the first process has, in all of them."""
+    size = multihost_utils.broadcast_one_to_all(np.int32(len(text.encode())))
+    buffer = np.zeros(int(size), np.uint8)
+    if is_first():
+        buffer[:] = np.frombuffer(text.encode(), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode()
+
+
+def everywhere(here: bool) -> bool:
+    """Returns whether something holds in every process.
+
+    Args:
+      here: Whether it does in this one.
+    """
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
+def until_preempted() -> Callable[[], bool]:
+    """Makes the question whether to stop because a machine will be taken away.
+
+    JAX hears SIGTERM, in whichever process, and has them agree on a later call.
+
+    Returns:
+      What all processes must call equally often, as once a step; true from the same
+      call on in all of them.
+    """
+    calls, is_told = 0, False
+
+    def ask() -> bool:
+        nonlocal calls, is_told
+        calls += 1
+        # True at one call only.
+        is_told = is_told or multihost_utils.reached_preemption_sync_point(calls)
+        return is_told
+
+    return ask
 
 
 def leave(status: int) -> None:

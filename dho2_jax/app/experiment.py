@@ -2,7 +2,6 @@
 """From a config to runs on disk: what `dho2 train` and `dho2 compare` share."""
 
 import functools
-import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from dho2_jax.app.errors import UserError
 from dho2_jax.app.programs import Programs, compile_programs
 from dho2_jax.app.task import Task
 from dho2_jax.app.tasks import TASKS
-from dho2_jax.app.train import Run, train
+from dho2_jax.app.train import Run, outcome, train
 
 
 class Experiment(NamedTuple):
@@ -61,11 +60,17 @@ def prepare(
       UserError: If anything in the config is wrong.
     """
     config = read_config(path, overrides)
+    if not may_resume and config.resume not in ("auto", "never"):
+        raise UserError(
+            "`config.resume` must be left out where no checkpoints are saved, got "
+            f"{config.resume!r}; only `dho2 train` goes on with a run."
+        )
     experiment = build(pathlib.Path(path).stem, config)
-    place = resume.choose(config, experiment.name, may_resume)
+    names = [one.name for one in chosen(experiment)] if may_resume else []
+    place = resume.choose(config, experiment.name, names)
     if place.is_resumed:
         try:
-            _check_fits(experiment, place)
+            distributed.from_first(lambda: _check_fits(experiment, place))
         except BaseException:
             resume.release(place)
             raise
@@ -76,7 +81,8 @@ def prepare(
     if saves and not place.is_shared:
         if directory is not None:
             tqdm.write(
-                f"Without checkpoints: not all processes see {directory}.",
+                f"Without checkpoints: not all processes see {directory}; give a "
+                "directory that they share as --config.workdir.",
                 file=sys.stderr,
             )
         saves = False
@@ -207,12 +213,13 @@ def run_one(
     """
     config, place = experiment.config, experiment.place
     saved = place and place.directory / optimizer.name / resume.CHECKPOINTS
+    steps = place.steps[optimizer.name] if place else []
     with checkpoint.open_manager(saved, config.keep_checkpoints) as manager:
         resumed, rows = None, []
-        if saved is not None and (steps := checkpoint.steps_in(saved)):
+        if steps:
             params, state = programs.start(np.uint32(seed))
             resumed = checkpoint.restore(manager, steps[-1], params, state)
-            rows = _kept_rows(directory, resumed[2].rows)
+            rows = _rows(directory)[: resumed[2].rows]
             if distributed.is_first():
                 tqdm.write(
                     f"Going on with {optimizer.label} from step {steps[-1]}, as saved "
@@ -240,10 +247,9 @@ def run_one(
             )
 
 
-def _kept_rows(directory: pathlib.Path | None, count: int) -> list[writers.Row]:
-    """Returns the rows that were written before a checkpoint."""
-    path = None if directory is None else directory / "metrics.jsonl"
-    return writers.read_rows(path)[:count] if path and path.is_file() else []
+def _rows(directory: pathlib.Path | None) -> list[writers.Row]:
+    """Returns the rows that an earlier call wrote, in the process that writes."""
+    return [] if directory is None else writers.read_rows(directory / resume.METRICS)
 
 
 def below(experiment: Experiment, name: str) -> pathlib.Path | None:
@@ -290,61 +296,27 @@ def train_both(experiment: Experiment, should_stop: Callable[[], bool]) -> list[
 
 
 def _train_all(experiment: Experiment, should_stop: Callable[[], bool]) -> list[Run]:
-    runs = []
+    place, seed, runs = experiment.place, experiment.config.seed, []
     for optimizer in chosen(experiment):
-        run = _finished(experiment, optimizer)
-        if run is None:
-            programs = compile_for(experiment, optimizer)
-            if should_stop() and runs:
-                break
-            run = run_one(
-                experiment,
-                optimizer,
-                programs,
-                seed=experiment.config.seed,
-                directory=below(experiment, optimizer.name),
-                should_stop=should_stop,
-            )
+        where = below(experiment, optimizer.name)
+        if place is not None and optimizer.name in place.finished:
+            seconds = place.finished[optimizer.name]["compile_seconds"]
+            runs.append(Run(optimizer, seed, seconds, _rows(where)))
+            continue
+        programs = compile_for(experiment, optimizer)
+        if should_stop() and runs:
+            break
+        run = run_one(
+            experiment,
+            optimizer,
+            programs,
+            seed=seed,
+            directory=where,
+            should_stop=should_stop,
+        )
         runs.append(run)
         if experiment.directory is not None:
-            summary = {run.optimizer.name: outcome(run) for run in runs}
-            writers.write_json(experiment.directory / "summary.json", summary)
+            resume.note(experiment.directory, optimizer.name, outcome(run))
         if run.interrupted:
             break
     return runs
-
-
-def _finished(experiment: Experiment, optimizer: optimizers.Optimizer) -> Run | None:
-    """Returns the run of an optimizer that a resumed experiment need not repeat."""
-    place, config = experiment.place, experiment.config
-    if place is None or not place.is_resumed:
-        return None
-    said = resume.finished(place.directory, optimizer.name, config.steps)
-    path = place.directory / optimizer.name / "metrics.jsonl"
-    if said is None or not path.is_file():
-        return None
-    rows = writers.read_rows(path)
-    return Run(optimizer, config.seed, said["compile_seconds"], rows)
-
-
-def outcome(run: Run) -> writers.Row:
-    """Returns what one run came to.
-
-    Args:
-      run: A run with at least one row.
-
-    Returns:
-      Plain numbers, for JSON and for sentences.
-    """
-    last, losses = run.rows[-1], run.series("val_loss")[2]
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return {
-        "label": run.optimizer.label,
-        "seed": run.seed,
-        "steps": last["step"],
-        "seconds": last["seconds"],
-        "compile_seconds": run.compile_seconds,
-        "final_val_loss": losses[-1],
-        "best_val_loss": min(finite, default=math.nan),
-        "interrupted": run.interrupted,
-    }

@@ -237,7 +237,8 @@ def byte_windows(
 ) -> Dataset:
     """Builds windows of text, byte by byte, which lie end to end.
 
-    An epoch predicts every byte but the first once.
+    An epoch predicts every byte once, but for the first and for those that are left at
+    the end, fewer than a window.
 
     Args:
       batch_size: Windows in a training batch.
@@ -289,5 +290,6 @@ def _check_number(num_validation: int, number: int, what: str) -> None:
     if not 1 <= num_validation <= number:
         raise UserError(
             "config.task.num_validation must be at least 1 and at most the "
-            f"{number} {what} of config.task.validation_split, got {num_validation}."
+            f"{number} {what} of config.task.validation_split, got {num_validation}; "
+            "change one of them."
         )

@@ -2,45 +2,40 @@
 """Which directory a run writes to, and whether it goes on with what is there.
 
 The first process decides, and all others learn it. Imports `checkpoint`, `config`,
-`writers` and `errors`.
+`distributed`, `writers` and `errors`.
 """
 
-import contextlib
 import io
+import itertools
 import json
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from dho2_jax.app import checkpoint, distributed, writers
+from dho2_jax.app import config as configs
 from dho2_jax.app.config import Config
 from dho2_jax.app.errors import UserError
 
-CHECKPOINTS = "checkpoints"  # beside an optimizer's metrics.jsonl
-RUNS = ("dho2", "base")
-
-# Fields that may change in a run: where it computes and what it keeps.
-FREE = (
-    *("workdir", "resume", "num_seeds", "checkpoint_every", "keep_checkpoints"),
-    *("mesh_shape", "mesh_axes", "param_sharding"),
-)
+CONFIG, SUMMARY, LOCK = "config.json", "summary.json", ".lock"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"  # of one optimizer
 
 
 class Place(NamedTuple):
-    """Where a run lives, the same in all processes."""
+    """Where a run lives, the same in all processes but for the lock."""
 
     directory: pathlib.Path
     is_resumed: bool
     is_shared: bool  # whether every process sees the directory
+    finished: dict[str, writers.Row]  # by optimizer: what came of it, if it is done
+    steps: dict[str, list[int]]  # by optimizer: of its checkpoints, ascending
     lock: Any = None  # an open file; its closing, or the process's end, is the release
 
 
-def choose(config: Config, name: str, may_resume: bool) -> Place:
+def choose(config: Config, name: str, optimizers: Sequence[str]) -> Place:
     """Finds the directory of a run; a new one gets its `config.json`.
 
     With config.resume="auto" the latest run of the same name that is not finished, has
@@ -51,32 +46,46 @@ def choose(config: Config, name: str, may_resume: bool) -> Place:
     Args:
       config: A completed config.
       name: Of the run, where config.workdir is empty.
-      may_resume: Whether this command continues runs at all.
+      optimizers: The names of those that the command trains, and would go on with; none
+        if it does not continue runs at all.
 
     Returns:
       The place, locked against another run that would choose the same.
 
     Raises:
-      UserError: If config.resume names no run that can go on.
+      UserError: If config.resume names no run that can go on, or not all processes see
+        the directory of one that would.
     """
-    found, lock = None, None
-    if distributed.is_first():
-        found, lock = _decide(config, name, may_resume)
+    directory, lock = None, None
+
+    def decide() -> dict[str, Any]:
+        nonlocal directory, lock
+        found = None
+        if optimizers and config.resume != "never":
+            found = _find(config, name, optimizers)
+        directory, lock = found or _make(config.workdir or f"runs/{name}")
         if found is None:
-            directory = writers.free_directory(config.workdir or f"runs/{name}")
-            writers.write_json(directory / "config.json", config.to_dict())
-        else:
-            directory = found
-        lock = lock or _lock(directory)
-        said = json.dumps([str(directory.absolute()), found is not None])
-    else:
-        said = ""
-    path, is_resumed = json.loads(_from_first(said))
-    if distributed.is_first():
-        path = directory  # as the user wrote it
-    path = pathlib.Path(path)
-    is_shared = _everywhere((path / "config.json").is_file())
-    return Place(path, is_resumed, is_shared, lock)
+            writers.write_json(directory / CONFIG, config.to_dict())
+        return {
+            "directory": str(directory.absolute()),
+            "is_resumed": found is not None,
+            "finished": _finished(directory, optimizers, config.steps),
+            "steps": _checkpoints(directory, optimizers),
+        }
+
+    said = distributed.from_first(decide)
+    # In the first process as the user wrote it; the others may be in another directory.
+    said["directory"] = directory or pathlib.Path(said["directory"])
+    is_shared = distributed.everywhere((said["directory"] / CONFIG).is_file())
+    place = Place(**said, is_shared=is_shared, lock=lock)
+    if place.is_resumed and not place.is_shared:
+        release(place)
+        raise UserError(
+            "a run goes on in a directory that all processes see, which "
+            f"{place.directory} is not; move it to where they do, or begin anew with "
+            "--config.resume=never."
+        )
+    return place
 
 
 def release(place: Place | None) -> None:
@@ -89,19 +98,17 @@ def release(place: Place | None) -> None:
         place.lock.close()
 
 
-def _decide(
-    config: Config, name: str, may_resume: bool
-) -> tuple[pathlib.Path | None, Any]:
-    """Returns the run to go on with and its lock, or None twice."""
-    if not may_resume or config.resume == "never":
-        return None, None
+def _find(
+    config: Config, name: str, optimizers: Sequence[str]
+) -> tuple[pathlib.Path, Any] | None:
+    """Returns the run to go on with and its lock, or None."""
     if config.resume != "auto":
         path = pathlib.Path(config.resume)
-        if not _has_checkpoint(path):
+        if not _can_go_on(path, optimizers):
             raise UserError(
                 "`config.resume` must be 'auto', 'never' or the directory of a run of "
-                f"`dho2 train` that has checkpoints, got {config.resume!r}; look into "
-                "runs/."
+                f"`dho2 train` that has checkpoints and {CONFIG}, got "
+                f"{config.resume!r}; look into runs/."
             )
         lock = _lock(path)
         if lock is None:
@@ -110,127 +117,54 @@ def _decide(
                 "in which another process trains; wait for it or stop it."
             )
         return path, lock
-    for path in reversed(_existing(config.workdir or f"runs/{name}")):
-        if not _has_checkpoint(path) or _is_finished(path, config):
+    others = []
+    names = _names(config.workdir or f"runs/{name}")
+    for path in reversed([*itertools.takewhile(pathlib.Path.is_dir, names)]):
+        is_finished = len(_finished(path, optimizers, config.steps)) == len(optimizers)
+        if is_finished or not _can_go_on(path, optimizers):
             continue
-        other = changed(path, config)
+        other = _changed(path, config)
         if other:
-            tqdm.write(
-                f"{path} holds an unfinished run with other values ({_list(other)}); "
-                f"this one begins anew. --config.resume={path} goes on with it.",
-                file=sys.stderr,
-            )
-            return None, None
+            others.append((path, other))
+            continue
         lock = _lock(path)
         if lock is not None:
             return path, lock
-    return None, None
-
-
-def _existing(wanted: str) -> list[pathlib.Path]:
-    """Returns `wanted`, `wanted-1`, ... as far as they exist."""
-    found, path = [], pathlib.Path(wanted)
-    while path.is_dir():
-        found.append(path)
-        path = pathlib.Path(f"{wanted}-{len(found)}")
-    return found
-
-
-def _has_checkpoint(path: pathlib.Path) -> bool:
-    return (path / "config.json").is_file() and any(
-        checkpoint.steps_in(path / name / CHECKPOINTS) for name in RUNS
-    )
-
-
-def _is_finished(path: pathlib.Path, config: Config) -> bool:
-    names = RUNS if config.train_base else RUNS[:1]
-    return all(finished(path, name, config.steps) for name in names)
-
-
-def finished(path: pathlib.Path, name: str, steps: int) -> dict[str, Any] | None:
-    """Returns what `summary.json` says of one optimizer's run, if it went to the end.
-
-    Args:
-      path: The directory of the run.
-      name: "dho2" or "base".
-      steps: Its number of updates.
-    """
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        said = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        found = said.get(name)
-        if found and not found["interrupted"] and found["steps"] >= steps:
-            return found
+    if others:
+        path, other = others[0]
+        tqdm.write(
+            f"{path} holds an unfinished run with other values "
+            f"({_listed(other)}); this one begins anew. --config.resume={path} "
+            "goes on with it.",
+            file=sys.stderr,
+        )
     return None
 
 
-def changed(path: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns the fields in which a run's config differs from another one.
-
-    Args:
-      path: The directory of the run.
-      config: A completed config.
-
-    Returns:
-      `(there, here)` by name; fields that may change freely are left out.
-    """
-    text = (path / "config.json").read_text(encoding="utf-8")
-    plain = json.loads(json.dumps(writers.finite(config.to_dict())))
-    there, here = dict(_leaves(json.loads(text))), dict(_leaves(plain))
-    return {
-        name: (there.get(name), here.get(name))
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and name not in FREE
-    }
+def _make(wanted: str) -> tuple[pathlib.Path, Any]:
+    """Creates and locks the first of the names whose directory holds nothing yet."""
+    for path in _names(wanted):
+        if path.exists() and not _is_free(path):
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        if lock is None:
+            continue
+        if _is_free(path):  # still: another command may have come and gone
+            return path, lock
+        lock.close()
+    raise AssertionError("there is always another name")
 
 
-def check_fits(
-    place: Place, name: str, config: Config, params: Any, state: Any
-) -> None:
-    """Checks that the checkpoints of a run can be restored.
-
-    Args:
-      place: Of the run.
-      name: "dho2" or "base".
-      config: The config that the parameters and the state follow from.
-      params: Anything with shapes.
-      state: Likewise.
-
-    Raises:
-      UserError: If a checkpoint holds other arrays; says which fields are to blame.
-    """
-    directory = place.directory / name / CHECKPOINTS
-    steps = checkpoint.steps_in(directory)
-    if not steps or not checkpoint.differences(directory, steps[-1], params, state):
-        return
-    groups = ("optimizer.", "task.")
-    blame = changed(place.directory, config)
-    blame = {k: v for k, v in blame.items() if k.startswith(groups)}
-    because = (
-        f"it was saved with {_list(blame)}; set that back"
-        if blame
-        else "it was saved by another version of dho2-jax; use that one"
-    )
-    raise UserError(
-        f"the checkpoint {directory / str(steps[-1])} does not fit this config: "
-        f"{because}, or begin anew with --config.resume=never."
-    )
+def _names(wanted: str) -> Iterator[pathlib.Path]:
+    """Yields `wanted`, `wanted-1`, `wanted-2`, ..."""
+    yield pathlib.Path(wanted)
+    for index in itertools.count(1):
+        yield pathlib.Path(f"{wanted}-{index}")
 
 
-def _list(fields: dict[str, tuple[Any, Any]]) -> str:
-    """Says in words what differs."""
-    said = [
-        f"config.{k}={there!r}, now {here!r}" for k, (there, here) in fields.items()
-    ]
-    return "; ".join(said[:3]) + ("; ..." if len(said) > 3 else "")
-
-
-def _leaves(tree: Any, prefix: str = ""):
-    """Yields each field's full name with its value."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _is_free(path: pathlib.Path) -> bool:
+    return path.is_dir() and all(one.name == LOCK for one in path.iterdir())
 
 
 def _lock(directory: pathlib.Path) -> Any:
@@ -239,7 +173,7 @@ def _lock(directory: pathlib.Path) -> Any:
         import fcntl
     except ImportError:  # Windows: two runs at a time are the user's business
         return io.StringIO()
-    file = open(directory / "config.json", encoding="utf-8")
+    file = open(directory / LOCK, "a", encoding="utf-8")  # NFS locks no other mode
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -250,19 +184,86 @@ def _lock(directory: pathlib.Path) -> Any:
     return file
 
 
-def _from_first(text: str) -> str:
-    """Returns the text that the first process has, in all of them."""
-    if jax.process_count() == 1:
-        return text
-    buffer = np.zeros(8192, np.uint8)
-    code = text.encode()[: len(buffer)]
-    buffer[: len(code)] = np.frombuffer(code, np.uint8)
-    buffer = multihost_utils.broadcast_one_to_all(buffer)
-    return bytes(np.asarray(buffer)).rstrip(b"\0").decode()
+def _can_go_on(path: pathlib.Path, optimizers: Sequence[str]) -> bool:
+    return writers.read_json(path / CONFIG) is not None and any(
+        _checkpoints(path, optimizers).values()
+    )
 
 
-def _everywhere(here: bool) -> bool:
-    """Returns whether something holds in every process."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+def _checkpoints(path: pathlib.Path, optimizers: Sequence[str]) -> dict[str, list[int]]:
+    return {name: checkpoint.steps_in(path / name / CHECKPOINTS) for name in optimizers}
+
+
+def _finished(
+    path: pathlib.Path, optimizers: Sequence[str], steps: int
+) -> dict[str, writers.Row]:
+    """Returns what `summary.json` says of the optimizers that went to the end."""
+    said = writers.read_json(path / SUMMARY) or {}
+    return {
+        name: said[name]
+        for name in optimizers
+        if name in said
+        and not said[name]["interrupted"]
+        and said[name]["steps"] >= steps
+        and writers.read_rows(path / name / METRICS)
+    }
+
+
+def note(directory: pathlib.Path, name: str, outcome: writers.Row) -> None:
+    """Adds what came of one optimizer to `summary.json`.
+
+    Args:
+      directory: Of the run.
+      name: Of the optimizer.
+      outcome: Plain data; replaces what was said of this optimizer before.
+    """
+    path = directory / SUMMARY
+    writers.write_json(path, (writers.read_json(path) or {}) | {name: outcome})
+
+
+def _changed(path: pathlib.Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns `(there, here)` of the fields in which a run's config differs."""
+    here = json.loads(writers.to_json(config.to_dict()))
+    return configs.changed(writers.read_json(path / CONFIG) or {}, here)
+
+
+def _listed(fields: dict[str, tuple[Any, Any]]) -> str:
+    """Says in words what differs."""
+    said = [f"config.{k}={old!r}, now {new!r}" for k, (old, new) in fields.items()]
+    return "; ".join(said[:3]) + ("; ..." if len(said) > 3 else "")
+
+
+def check_fits(
+    place: Place, name: str, config: Config, params: Any, state: Any
+) -> None:
+    """Checks that the checkpoints of a run can be restored.
+
+    Args:
+      place: Of the run.
+      name: Of one of its optimizers.
+      config: The config that the parameters and the state follow from.
+      params: Anything with shapes.
+      state: Likewise.
+
+    Raises:
+      UserError: If the latest checkpoint cannot be read or holds other arrays; says
+        which fields are to blame.
+    """
+    if not place.steps[name]:
+        return
+    directory, step = place.directory / name / CHECKPOINTS, place.steps[name][-1]
+    reason = checkpoint.misfit(directory, step, params, state)
+    if reason is None:
+        return
+    groups = ("optimizer.", "task.")
+    blame = _changed(place.directory, config)
+    blame = {k: v for k, v in blame.items() if k.startswith(groups)}
+    because = (
+        f"it was saved with {_listed(blame)}; set that back, or"
+        if blame
+        else f"no field of it differs, but {reason};"
+    )
+    raise UserError(
+        f"the checkpoint {directory / str(step)} does not fit this config: "
+        f"{because} begin anew with --config.resume=never."
+    )

@@ -29,6 +29,7 @@ WANTED = (
     ("rate", "cuts"),
 )
 OPTIONAL = {("rate", "cuts")}  # base_rate="fixed" has none
+NEEDED = {"step", "age", "eigenvalues", "next_eigenvalue"}  # in a row, to draw it
 
 
 class Spectrum(NamedTuple):
@@ -130,9 +131,9 @@ def _curvatures(item: pathlib.Path) -> list[Names]:
 def _tree(item: pathlib.Path) -> Any:
     try:
         return checkpoint.read_tree(item)
-    except (ValueError, OSError, AttributeError) as error:
+    except checkpoint.DAMAGED as error:
         raise UserError(
-            f"the checkpoint `{item}` cannot be read ({error}); it may be damaged."
+            f"the checkpoint `{item}` cannot be read ({error}); give an earlier one."
         ) from error
 
 
@@ -144,12 +145,13 @@ def _unboxed(names: Names) -> Names:
 def _read(item: pathlib.Path, start: Names) -> Spectrum:
     """Reads one spectrum, and no other array of the tree."""
     tree = _tree(item)
+
+    def is_wanted(names: Names) -> bool:
+        within = names[: len(start)] == start
+        return within and _unboxed(names)[len(start) :] in WANTED
+
     flat = {
-        names: 0
-        if _unboxed(names)[len(start) :] in WANTED
-        # All else stays unread.
-        and names[: len(start)] == start
-        else ocp.PLACEHOLDER
+        names: 0 if is_wanted(names) else ocp.PLACEHOLDER
         for names in ocp.tree.to_flat_dict(tree)
     }
     template = ocp.tree.from_flat_dict(flat, target=tree)
@@ -199,11 +201,11 @@ def _history(spectrum: Spectrum, start: Names) -> list[writers.Row]:
     """Returns rows of the spectra up to this one, each refresh once."""
     item, last = spectrum.path, spectrum.metrics["count"]
     for directory in item.absolute().parents[:3]:
-        if (directory / "metrics.jsonl").is_file():
-            rows = writers.read_rows(directory / "metrics.jsonl")
-            rows = [r for r in rows if r.get("eigenvalues") and r["step"] <= last]
-            if rows:
-                return rows
+        rows = writers.read_rows(directory / "metrics.jsonl")
+        rows = [row for row in rows if NEEDED <= row.keys()]  # may be anybody's file
+        rows = [row for row in rows if row["eigenvalues"] and row["step"] <= last]
+        if rows:
+            return rows
     place = _step_dir(item)
     others = []
     if place is not None:

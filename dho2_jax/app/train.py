@@ -6,6 +6,7 @@ Gets a task and an optimizer, knows neither files nor pictures.
 
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import threading
@@ -48,6 +49,29 @@ class Run:
         )
 
 
+def outcome(run: Run) -> Row:
+    """Returns what one run came to.
+
+    Args:
+      run: A run with at least one row.
+
+    Returns:
+      Plain numbers, for JSON and for sentences.
+    """
+    last, losses = run.rows[-1], run.series("val_loss")[2]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return {
+        "label": run.optimizer.label,
+        "seed": run.seed,
+        "steps": last["step"],
+        "seconds": last["seconds"],
+        "compile_seconds": run.compile_seconds,
+        "final_val_loss": losses[-1],
+        "best_val_loss": min(finite, default=math.nan),
+        "interrupted": run.interrupted,
+    }
+
+
 class Progress(NamedTuple):
     """How far a run is, beside its parameters and optimizer state; plain data."""
 
@@ -87,6 +111,8 @@ def train(
     A run that is taken up again does, and writes, exactly what it would have without a
     break. What is saved at a step is what was before that step's row; and nothing is
     saved while a refresh is under way on other devices, but as soon as it has landed.
+    After the last step only, such a refresh is lost: a longer run that goes on from
+    there keeps the curvature that it has until the next one.
 
     Args:
       task: The task.
@@ -97,8 +123,8 @@ def train(
       log_every: Updates between rows.
       eval_every: Updates between evaluations on the validation batch.
       write: Called with each row.
-      should_stop: Asked before every update. A run that is to be saved goes on until a
-        refresh under way has landed.
+      should_stop: Asked before the first and after every update. A run that is to be
+        saved goes on until a refresh under way has landed.
       resumed: What `save` was called with; None begins anew.
       rows: Those written before that.
       save: Called with parameters, state and progress, which it must copy before it
@@ -271,14 +297,17 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C into a question that the loop asks; a second one raises.
 
     Among many processes the first one raises: a process that stops while the others
-    take the next step would leave them waiting.
+    take the next step would leave them waiting. There the question is whether one of
+    them was sent SIGTERM.
 
     Yields:
-      A function that says whether Ctrl-C was pressed.
+      A function that says whether to stop.
     """
+    if jax.distributed.is_initialized():
+        yield distributed.until_preempted()
+        return
     pressed = threading.Event()
-    in_main = threading.current_thread() is threading.main_thread()
-    if jax.distributed.is_initialized() or not in_main:
+    if threading.current_thread() is not threading.main_thread():
         yield pressed.is_set
         return
     previous = signal.getsignal(signal.SIGINT)

@@ -7,6 +7,7 @@ Imports nothing of the application.
 import contextlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,23 +15,6 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 Row = dict[str, Any]
-
-
-def free_directory(wanted: str) -> pathlib.Path:
-    """Creates `wanted`, or `wanted-1`, `wanted-2`, ... if that holds files already.
-
-    Args:
-      wanted: The path asked for.
-
-    Returns:
-      An empty directory; nothing that exists is ever written over.
-    """
-    directory, index = pathlib.Path(wanted), 0
-    while directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        index += 1
-        directory = pathlib.Path(f"{wanted}-{index}")
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def finite(value: Any) -> Any:
@@ -44,31 +28,68 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes plain data as indented JSON.
+def to_json(value: Any) -> str:
+    """Returns plain data as indented JSON.
 
     Args:
-      path: The file to write.
       value: Nested dicts and lists of numbers and strings.
     """
-    path.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    return json.dumps(finite(value), indent=2) + "\n"
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes plain data as JSON, so that at no time there is half a file.
+
+    Args:
+      path: The file to write or to replace.
+      value: Nested dicts and lists of numbers and strings.
+    """
+    _replace(path, to_json(value))
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """Reads what `write_json` wrote of a dict.
+
+    Args:
+      path: A file, which need not exist.
+
+    Returns:
+      The dict, or None if there is none that can be read.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
     """Reads what `open_log` wrote.
 
     Args:
-      path: A `metrics.jsonl`.
+      path: A `metrics.jsonl`, which need not exist.
 
     Returns:
-      Its rows; nan where JSON could not say the number. A last line that a process did
-      not live to finish is left out.
+      Its rows up to the first that is damaged, which is the last one where a process
+      did not live to finish it; nan where JSON could not say the number.
     """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
             row = json.loads(line)
-            rows.append({k: math.nan if v is None else v for k, v in row.items()})
+        except json.JSONDecodeError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows
 
 
@@ -92,9 +113,7 @@ def open_log(
         return
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "metrics.jsonl"
-    before = path.with_suffix(".tmp")
-    before.write_text("".join(map(_line, kept)), encoding="utf-8")
-    before.replace(path)  # at no time is there half a file
+    _replace(path, "".join(map(_line, kept)))
     purge = kept[-1]["step"] + 1 if kept else None
     with (
         open(path, "a", encoding="utf-8") as lines,
