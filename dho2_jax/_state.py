@@ -47,7 +47,7 @@ class SweepState(NamedTuple):
 
     lanczos: lanczos.LanczosState  # its vectors are `Packed`
     anchor: Any  # `Packed`, float32: the parameters where the sweep began
-    outside: layouts.Outside  # those that take no part, there
+    outside: Any  # `Outside`: those that take no part, there
     start: Anchor
 
 
@@ -135,9 +135,12 @@ def _no_sweep(
         betas=jnp.zeros((m,), jnp.float32),
         index=jnp.full((), m + 1, jnp.int32),
     )
-    leaves = jax.tree.leaves(params)
-    nothing = tuple(jnp.zeros_like(leaves[i]) for i in layout.outside)
-    return SweepState(run, zeros(), layouts.Outside(nothing, layout), _no_anchor())
+    outside: Any = zeros()  # in place of it where there are no parameters
+    if layout.shapes:
+        leaves = jax.tree.leaves(params)
+        nothing = tuple(jnp.zeros_like(leaves[i]) for i in layout.outside)
+        outside = layouts.Outside(nothing, layout)
+    return SweepState(run, zeros(), outside, _no_anchor())
 
 
 def placed_layout(

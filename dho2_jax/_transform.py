@@ -121,9 +121,10 @@ def dho2(
         equal on all devices; the state is this device's slice. Static.
       curvature_mask: Which parameters take part in the curvature: bools in a tree like
         the parameters or a prefix of one, or a function that makes such a tree of them.
-        What is False costs no curvature memory and no curvature work; its update is the
-        base optimizer's, times `rate_schedule`. The base optimizer sees all parameters,
-        and so do `value_fn` and `refresh`. None: all take part. Static.
+        What is False costs no curvature work and, but for a copy of itself with
+        refresh="staggered", no curvature memory; its update is the base optimizer's,
+        times `rate_schedule`. The base optimizer sees all parameters, and so do
+        `value_fn` and `refresh`. None: all take part. Static.
       shard_base_state: Keep the base's own state in slices too (ZeRO-1). With
         `axis_name` the base then sees slices of large matrices: for elementwise bases
         only. None: True with `mesh`, else False. Static.

@@ -353,6 +353,9 @@ def test_staggered_across_an_axis():
         return optax.apply_updates(params, updates), state, value
 
     losses, _, state = run(step, params, tx.init(params), batch, 16)
+    where = dho2_jax.state_shardings(tx, params)
+    for x, sharding in zip(*map(jax.tree.leaves, (state, where)), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
     # What takes no part is trained meanwhile: a sweep keeps it too as it was.
     seen = dho2_jax.metrics(state)
     assert int(seen["refreshes"]) == 2 and int(seen["rejected"]) == 0
