@@ -70,18 +70,18 @@ def update(
         call = _under_auto_axes(call, base, config, layout)
     updates, state = call(merge(seen), state, params)
     found, treedef = jax.tree.flatten(updates)
-    if mesh is not None and layout.placement is not None:
-        where = zip(layout.outside, layout.placement.outside_specs, strict=True)
-        for i, spec in where:
+    if mesh is not None:
+        place = layout.placement
+        assert place is not None
+        where = dict(zip(layout.outside, place.outside_specs, strict=True))
+        if not sliced:
+            # Or the compiler would split the base's own work as well: the matrix
+            # products of Muon, for one, with a reduction for each.
+            where |= dict(zip(layout.inside, place.param_specs, strict=True))
+        for i, spec in where.items():
             found[i] = constrain(found[i], mesh, spec)
     rebuild = functools.partial(jax.tree.unflatten, treedef)
     steps, merge = layouts.inside(found, rebuild, layout)
-    if mesh is not None and not sliced:
-        # Or the compiler would split the base's own work as well: the matrix products
-        # of Muon, for one, with a reduction for each.
-        assert layout.placement is not None
-        where = layout.placement.param_specs
-        steps = [constrain(x, mesh, s) for x, s in zip(steps, where, strict=True)]
     vector = slices.scatter(layout, steps, sliced=sliced)
     state = _laid_out(base, config, layout, state)
     return [x.dtype for x in steps], merge, vector, state

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dho2_jax._config import check_integer
+from dho2_jax._curvature import is_pair
 from dho2_jax._types import Array, Params, PyTree
 
 
@@ -51,7 +52,7 @@ def chunked_value_fn(loss_fn: Any, batch: PyTree, *, num_chunks: int) -> Any:
 
     if callable(loss_fn):
         return lambda params: mean(_one_by_one(loss_fn, params, chunks))
-    if isinstance(loss_fn, tuple) and len(loss_fn) == 2 and all(map(callable, loss_fn)):
+    if is_pair(loss_fn):
         outputs_fn, loss_of_outputs = loss_fn
 
         def of_both(_, both: tuple[PyTree, PyTree]) -> Array:

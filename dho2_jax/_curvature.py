@@ -252,6 +252,11 @@ def check_value_fn(value_fn, params: Params) -> None:
         )
 
 
+def is_pair(fn: object) -> bool:
+    """Returns whether `fn` is a loss in two parts, as curvature="ggn" needs."""
+    return isinstance(fn, tuple) and len(fn) == 2 and all(map(callable, fn))
+
+
 def check_takes_params(value_fn: Callable, params: Params) -> None:
     """Raises unless `value_fn` can be called with the parameters alone."""
     try:
@@ -266,11 +271,7 @@ def check_takes_params(value_fn: Callable, params: Params) -> None:
 
 
 def _ggn_pair(value_fn):
-    if not (
-        isinstance(value_fn, tuple)
-        and len(value_fn) == 2
-        and all(callable(f) for f in value_fn)
-    ):
+    if not is_pair(value_fn):
         raise ValueError(
             "`value_fn` must be the pair (outputs_fn, loss_fn) for curvature='ggn', "
             f"got {type(value_fn).__name__}; outputs_fn maps parameters to the "

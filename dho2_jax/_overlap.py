@@ -25,6 +25,7 @@ from dho2_jax import _submesh as submesh
 from dho2_jax import _subspace as subspaces
 from dho2_jax import _transfer as transfer
 from dho2_jax._config import Config
+from dho2_jax._curvature import is_pair
 from dho2_jax._layout import Layout, Packed
 from dho2_jax._products import Products, products_at
 from dho2_jax._state import (
@@ -306,8 +307,7 @@ def _check(value_fn: Any, mesh: Any) -> None:
             f"`mesh` must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one "
             "with jax.make_mesh, of devices that do not train."
         )
-    pair = isinstance(value_fn, tuple) and len(value_fn) == 2
-    if not all(map(callable, value_fn if pair else (value_fn,))):
+    if not (callable(value_fn) or is_pair(value_fn)):
         raise ValueError(
             "`value_fn` must be a function of (params, batch), or with "
             "curvature='ggn' the pair (outputs_fn, loss_fn), got "

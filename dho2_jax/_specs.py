@@ -43,7 +43,11 @@ def state_shardings(
       ValueError: If there is no mesh, it is another one than that of `tx`, or the
         parameters do not fit it.
     """
-    state = _abstract_state(tx, params)
+    return _shardings(tx, params, _abstract_state(tx, params), mesh)
+
+
+def _shardings(tx: Any, params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
+    """Returns `state_shardings`, from the shapes of the state."""
     config = find(state).config
     if mesh is not None and config.mesh is not None and mesh != config.mesh:
         raise ValueError(
@@ -90,7 +94,7 @@ def abstract_state(
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         state,
-        state_shardings(tx, params, mesh),
+        _shardings(tx, params, state, mesh),
     )
 
 

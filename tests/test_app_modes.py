@@ -89,7 +89,8 @@ def test_a_run_taken_up_in_mid_sweep_measures_on_the_same_batch():
 
     recorded = programs._replace(step=step, refresh=lambda state, params, batch: state)
     for begin in (12, 20):
-        advance = Stepper(built.task, built.dho2, recorded, seed=0)
+        there = {"next_index": begin}
+        advance = Stepper(built.task, built.dho2, recorded, 0, there)
         for i in range(begin, 23):
             advance(i, None, None)
     first = taken[0]

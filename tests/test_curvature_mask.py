@@ -248,6 +248,12 @@ def test_nnx_boxes():
 
 # --- on a mesh -----------------------------------------------------------------------
 
+
+def assert_lies(tree, shardings):
+    for x, where in zip(*map(jax.tree.leaves, (tree, shardings)), strict=True):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
+
+
 SPECS = {"embed": P("data"), "net": {"w": P(None, "data"), "v": P()}}
 WHOLE = {"embed": P(None, None), "net": {"w": P(None, None), "v": P(None)}}
 
@@ -287,8 +293,7 @@ def test_on_a_mesh_as_on_one_device(kind, specs):
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     again = jax.jit(tx.init, out_shardings=shardings)(params)
     for one in (state, again):
-        for x, where in zip(*map(jax.tree.leaves, (one, shardings)), strict=True):
-            assert x.sharding.is_equivalent_to(where, x.ndim)
+        assert_lies(one, shardings)
     moments = state.base_state[0].mu
     embed = moments["embed"].addressable_shards[0].data
     assert embed.size == 256 * 8 / 8
@@ -298,8 +303,7 @@ def test_on_a_mesh_as_on_one_device(kind, specs):
     losses, _, state = run(step, params, state, put(batch, (P("data"), P("data"))))
     np.testing.assert_allclose(losses, expected, rtol=2e-4)
     assert step._cache_size() == 1
-    for x, where in zip(*map(jax.tree.leaves, (state, shardings)), strict=True):
-        assert x.sharding.is_equivalent_to(where, x.ndim)
+    assert_lies(state, shardings)
 
 
 def test_overlapped():
@@ -353,9 +357,7 @@ def test_staggered_across_an_axis():
         return optax.apply_updates(params, updates), state, value
 
     losses, _, state = run(step, params, tx.init(params), batch, 16)
-    where = dho2_jax.state_shardings(tx, params)
-    for x, sharding in zip(*map(jax.tree.leaves, (state, where)), strict=True):
-        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    assert_lies(state, dho2_jax.state_shardings(tx, params))
     # What takes no part is trained meanwhile: a sweep keeps it too as it was.
     seen = dho2_jax.metrics(state)
     assert int(seen["refreshes"]) == 2 and int(seen["rejected"]) == 0

@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from dho2_jax import check_restorable
@@ -96,7 +95,7 @@ def restore(
     Raises:
       UserError: If it cannot be read.
     """
-    target = {"params": _abstract(params), "opt_state": _abstract(state)}
+    target = {"params": params, "opt_state": state}
     with _reading(pathlib.Path(manager.directory), step):
         found = manager.restore(
             step,
@@ -175,9 +174,3 @@ def read_tree(path: pathlib.Path) -> Any:
     if found is None:
         raise ValueError("an array in it, or its description, is damaged")
     return found.tree
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-    )

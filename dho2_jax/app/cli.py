@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         ("train", TRAIN, "train with DHO² and its base, and draw the picture"),
         ("compare", COMPARE, "base against DHO² over several seeds, as a table"),
     ):
-        command = commands.add_parser(
+        command = _add(
+            commands,
             name,
             help=brief,
             description=text,
@@ -96,8 +97,6 @@ def _parser() -> argparse.ArgumentParser:
             "--config.steps=300 or --config.optimizer.base=muon.\n\n"
             + distributed.HELP,
             usage=f"dho2 {name} [-h] CONFIG [--config.NAME=VALUE ...] [options]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
         )
         command.add_argument(
             "config", metavar="CONFIG", help="a config file, see configs/"
@@ -108,16 +107,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add(
+    commands: "argparse._SubParsersAction[_Parser]", name: str, **texts: str
+) -> _Parser:
+    """Adds a command whose texts are printed as they are."""
+    return commands.add_parser(
+        name,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **texts,
+    )
+
+
 def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
     """Adds the command that trains nothing."""
-    command = commands.add_parser(
+    command = _add(
+        commands,
         "plan",
         help="what a run will need of each chip of a TPU pod, without the pod",
         description=PLAN,
         usage="dho2 plan [-h] CONFIG --topology NAME [--json FILE] "
         "[--config.NAME=VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     command.add_argument("config", metavar="CONFIG", help="a config file, see configs/")
     command.add_argument(
@@ -133,13 +143,12 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_spectrum(commands: "argparse._SubParsersAction[_Parser]") -> None:
     """Adds the command that reads what others saved."""
-    command = commands.add_parser(
+    command = _add(
+        commands,
         "spectrum",
         help="the curvature that a checkpoint holds, as a table and a picture",
         description=SPECTRUM,
         usage="dho2 spectrum [-h] CHECKPOINT [--picture FILE]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory")
     command.add_argument(

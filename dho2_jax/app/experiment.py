@@ -76,7 +76,7 @@ def prepare(
             raise
     directory = place.directory if distributed.is_first() else None
     if directory is not None and place.is_resumed:
-        writers.write_json(directory / "config.json", config.to_dict())
+        writers.write_json(directory / resume.CONFIG, config.to_dict())
     saves = may_resume and (place.is_resumed or config.checkpoint_every > 0)
     if saves and not place.is_shared:
         if directory is not None:
@@ -249,7 +249,7 @@ def run_one(
 
 def _rows(directory: pathlib.Path | None) -> list[writers.Row]:
     """Returns the rows that an earlier call wrote, in the process that writes."""
-    return [] if directory is None else writers.read_rows(directory / resume.METRICS)
+    return [] if directory is None else writers.read_rows(directory / writers.METRICS)
 
 
 def below(experiment: Experiment, name: str) -> pathlib.Path | None:

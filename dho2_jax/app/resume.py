@@ -21,7 +21,7 @@ from dho2_jax.app.config import Config
 from dho2_jax.app.errors import UserError
 
 CONFIG, SUMMARY, LOCK = "config.json", "summary.json", ".lock"
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"  # of one optimizer
+CHECKPOINTS = "checkpoints"  # of one optimizer
 
 
 class Place(NamedTuple):
@@ -205,7 +205,7 @@ def _finished(
         if name in said
         and not said[name]["interrupted"]
         and said[name]["steps"] >= steps
-        and writers.read_rows(path / name / METRICS)
+        and writers.read_rows(path / name / writers.METRICS)
     }
 
 

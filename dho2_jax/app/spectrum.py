@@ -201,7 +201,7 @@ def _history(spectrum: Spectrum, start: Names) -> list[writers.Row]:
     """Returns rows of the spectra up to this one, each refresh once."""
     item, last = spectrum.path, spectrum.metrics["count"]
     for directory in item.absolute().parents[:3]:
-        rows = writers.read_rows(directory / "metrics.jsonl")
+        rows = writers.read_rows(directory / writers.METRICS)
         rows = [row for row in rows if NEEDED <= row.keys()]  # may be anybody's file
         rows = [row for row in rows if row["eigenvalues"] and row["step"] <= last]
         if rows:

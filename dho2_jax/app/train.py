@@ -77,7 +77,7 @@ class Progress(NamedTuple):
 
     step: int = 0  # updates done
     seconds: float = 0.0  # of the clock
-    position: dict[str, Any] | None = None  # of the data iterator; None: at `step`
+    position: dict[str, Any] | None = None  # of the data; None: the beginning
     losses: tuple[float, ...] = ()  # since the last row
     rows: int = 0  # written before `step`
     refreshes: int = 0  # that a row has shown
@@ -224,20 +224,19 @@ class Stepper:
         seed: int,
         position: dict[str, Any] | None = None,
     ):
-        """Prepares the first step, which may be any.
+        """Prepares the first step, which may be any with the `position` of its batch.
 
         Args:
           task: The task.
           optimizer: The optimizer.
           programs: Compiled for both.
           seed: Of the batches.
-          position: Where the data iterator stands; None: at the first step.
+          position: Where the data iterator stands; None: at its beginning.
         """
         self._task, self._optimizer, self._programs = task, optimizer, programs
         self._seed = seed
         dataset = task.dataset.batches(seed)
         self._batches = iter(dataset.to_iter_dataset(READING))
-        self._is_placed = position is not None
         if position is not None:
             self._batches.set_state(position)
         self._part, self._sweep = (), None  # a sweep's curvature batch, and its number
@@ -246,9 +245,6 @@ class Stepper:
     def __call__(self, step: int, params: Any, state: Any) -> tuple[Any, Any, Any]:
         """Returns parameters, state and loss after a step; steps follow each other."""
         optimizer, programs = self._optimizer, self._programs
-        if not self._is_placed and step:
-            self._batches.set_state({"next_index": step})
-        self._is_placed = True
         on_host = next(self._batches)
         batch = programs.place(on_host)
         refresh_at, launch_at = optimizer.refresh_at, optimizer.launch_at

@@ -16,6 +16,8 @@ from tensorboardX import SummaryWriter
 
 Row = dict[str, Any]
 
+METRICS = "metrics.jsonl"  # in the directory of each optimizer's run
+
 
 def finite(value: Any) -> Any:
     """Returns `value` with numbers that JSON cannot say (nan, inf) replaced by None."""
@@ -112,7 +114,7 @@ def open_log(
         yield lambda row: None
         return
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "metrics.jsonl"
+    path = directory / METRICS
     _replace(path, "".join(map(_line, kept)))
     purge = kept[-1]["step"] + 1 if kept else None
     with (
