@@ -52,7 +52,7 @@ def _over_base(**defaults):
     return decorate
 
 
-@_over_base(**_MEASURED)
+@_over_base(**_MEASURED, linear_base=True)
 def dho2_sgd(learning_rate: ScalarOrSchedule):
     """DHO² on gradient descent.
 
@@ -65,7 +65,7 @@ def dho2_sgd(learning_rate: ScalarOrSchedule):
     return optax.sgd(learning_rate)
 
 
-@_over_base(**_MEASURED)
+@_over_base(**_MEASURED, linear_base=True)
 def dho2_heavy_ball(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float = 0.9):
     """DHO² on heavy ball.
 
@@ -80,7 +80,7 @@ def dho2_heavy_ball(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float =
     return optax.sgd(learning_rate, momentum=momentum)
 
 
-@_over_base(**_MEASURED)
+@_over_base(**_MEASURED, linear_base=True)
 def dho2_nesterov(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float = 0.9):
     """DHO² on Nesterov's momentum.
 

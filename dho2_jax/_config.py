@@ -37,6 +37,7 @@ STATIC_ARGS = (
     "axis_name",
     "curvature_mask",
     "shard_base_state",
+    "linear_base",
 )
 """Arguments of `dho2` and its aliases that `optax.inject_hyperparams` must keep static.
 """

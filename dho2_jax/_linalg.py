@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from dho2_jax._types import Array, Inner, PyTree, Rows
 
+_CACHED = 2**22  # numbers of a vector: two of them fit into the L2 of an A100 or H100
+
 
 def _contract(a: Array, b: Array, axes) -> Array:
     return jnp.tensordot(
@@ -35,12 +37,48 @@ def num_rows(rows: Rows) -> int:
     return leaves[0].shape[0] if leaves else 0
 
 
-def inner(rows: Rows, vector: PyTree) -> Array:
-    """Returns the inner product of each row with `vector`: `(rows,)`, float32."""
-    terms = jax.tree.leaves(
-        jax.tree.map(lambda r, x: _contract(r, x, x.ndim), rows, vector)
+def inner(rows: Rows, *vectors: PyTree) -> Array:
+    """Returns the inner product of each row with a vector: `(rows,)`, float32.
+
+    Of several vectors, in one pass over the rows: `(vectors, rows)`.
+    """
+    terms = jax.tree.leaves(jax.tree.map(_inner, rows, *vectors))
+    total = _total(terms, (len(vectors), num_rows(rows)))
+    return total if len(vectors) > 1 else total[0]
+
+
+def _inner(rows: Array, *vectors: Array) -> Array:
+    """Returns `inner` of one leaf, always `(vectors, rows)`."""
+    return jax.lax.platform_dependent(
+        rows, *vectors, cuda=_sums_of_products, default=_matrix_products
     )
-    return _total(terms, (num_rows(rows),))
+
+
+def _matrix_products(rows: Array, *vectors: Array) -> Array:
+    return jnp.stack([_contract(rows, x, x.ndim) for x in vectors])
+
+
+def _sums_of_products(rows: Array, *vectors: Array) -> Array:
+    """Returns `_inner` where a matrix product would read too much.
+
+    A GPU takes row after row, and reads the vectors again with each where they do not
+    fit into its L2 cache: a large leaf goes piece by piece, along its first dimension.
+    """
+
+    def sums(rows: Array, *vectors: Array) -> Array:
+        rows = rows.astype(jnp.float32)
+        axes = tuple(range(1, rows.ndim))
+        return jnp.stack([jnp.sum(rows * x.astype(jnp.float32), axes) for x in vectors])
+
+    def add(i: Array, total: Array) -> Array:
+        pieces = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in vectors)
+        return total + sums(jax.lax.dynamic_index_in_dim(rows, i, 1, False), *pieces)
+
+    first = vectors[0]
+    if first.ndim < 2 or first.shape[0] == 1 or first.size <= _CACHED:
+        return sums(rows, *vectors)
+    shape = jax.eval_shape(sums, rows, *vectors)
+    return jax.lax.fori_loop(0, first.shape[0], add, jnp.zeros(shape.shape))
 
 
 def vdot(x: PyTree, y: PyTree, inner: Inner | None = None) -> Array:

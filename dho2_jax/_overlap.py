@@ -33,7 +33,6 @@ from dho2_jax._state import (
     CurvatureState,
     active_slots,
     find,
-    is_active,
     layout_of_state,
     replace,
 )
@@ -196,10 +195,7 @@ def _note(ours: CurvatureState) -> _Noted:
     layout, rate = layout_of_state(ours), ours.rate
     unprobed, direction = jnp.zeros((), bool), None
     if rate is not None:
-        unprobed = _rate.is_unprobed(rate)
-        direction = refreshing.outside(
-            layout, rate.direction, ours.subspace, is_active(ours)
-        )
+        unprobed, direction = _rate.is_unprobed(rate), rate.direction
     enabled, count, anchor = jax.tree.map(
         jnp.copy, (ours.enabled, ours.count, ours.anchor)
     )

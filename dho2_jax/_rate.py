@@ -13,10 +13,13 @@ s* = -a / h. Both are averages of noisy readings:
 The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
 would send s to zero. Only when steps raise the loss (s > 3 s*), or grow in length, does
-it fall by up to a half at a probe. The guard halves s at once when a slope is eight
-mean deviations above its mean, which is how a sharp direction that leaked out of the
-subspace first shows; and in the first steps, when such means mislead, at a slope that
-the curvature seen so far cannot explain.
+it fall by up to a half at a probe. In the first steps s may leap to a quarter of s*,
+wherever it started. The guard halves s at once when a slope is eight mean deviations
+above its mean, which is how a sharp direction that leaked out of the subspace first
+shows. Both are of the last ten steps or so: slopes fall by orders of magnitude in a
+run, and against the mean of a hundred steps a leak would not stand out before it has
+done its damage. In the first steps, when such means mislead, the guard acts on a slope
+that the curvature seen so far cannot explain.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients
@@ -35,9 +38,10 @@ EARLY_PERIOD = 2
 PROBE_PERIOD = 10
 _FIRST = 0.1  # share of s* taken on the first step, from one batch
 _AVERAGE = 0.8  # memory of the averages of a and h
-_MEMORY = 0.98  # memory of the guard's statistics
+_MEMORY = 0.9  # memory of the guard's statistics
 _DEVIATIONS = 8.0
-_SETTLED = 10  # slopes seen before the guard may act
+_SETTLED = 10  # slopes seen before the guard trusts its statistics
+_LEAP = 0.25  # share of s* that s may take at once in the early steps
 _FAR = 16.0  # s* / s beyond which s grows fast at any time
 _SMALLEST = 1e-12
 
@@ -46,8 +50,8 @@ class RateState(NamedTuple):
     """What the rule remembers; float32 scalars unless said."""
 
     scale: Array  # s, multiplies the base's update
-    direction: Any  # d of the last step as the base made it, float32
-    length: Array  # |d|^2 of what of it was off the subspace
+    direction: Any  # d of the last step off the subspace, float32
+    length: Array  # |d|^2 of that
     taken: Array  # s times the schedule, as the last step applied it
     steps: Array  # int32: steps taken under the rule
     probed: Array  # int32: value of `steps` at the last probe
@@ -197,7 +201,8 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
         | (rate.scale < best / _FAR)
     )
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
-    grown = jnp.minimum(best, growth * rate.scale)
+    leap = jnp.where(rate.steps < EARLY_STEPS, _LEAP * best, 0.0)
+    grown = jnp.minimum(best, jnp.maximum(growth * rate.scale, leap))
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
     diverging = (taken >= 3 * best) | (length > rate.weight)
     least = jnp.where(diverging, 0.5, slow)

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ from dho2_jax._state import (
     Anchor,
     CurvatureState,
     SweepState,
+    active_slots,
     drift,
-    is_active,
     layout_of_state,
     replace,
 )
@@ -177,7 +177,7 @@ def install(
 ) -> CurvatureState:
     """Returns the state with the new subspace in use, or with a rejection counted.
 
-    The momentum is carried along, and the rate's direction taken off the old subspace.
+    The momentum is carried along, and the rate's direction taken off the new subspace.
 
     Args:
       state: Before.
@@ -187,14 +187,14 @@ def install(
     """
     old, counters, rate = state.subspace, state.counters, state.rate
     new, defect, scale = found
-    usable, change, direction = slices.on_slices(
+    usable, change, along = slices.on_slices(
         layout_of_state(state),
         _compare,
         new,
         old,
         scale,
         None if rate is None else rate.direction,
-        is_active(state),
+        active_slots(state.config, new, state.enabled),
     )
     accept = usable & (defect <= max(_DEFECT, 4 * rounding))
     moved = linalg.matmul(change, state.momentum)
@@ -212,7 +212,7 @@ def install(
             recurrence_defect=defect,
         ),
         anchor=choose(anchor, state.anchor),
-        rate=None if rate is None else choose(rate._replace(direction=direction), rate),
+        rate=None if rate is None else choose(rate._replace(**along), rate),
         sweep=None if state.sweep is None else _given_up(state.sweep),
     )
 
@@ -268,20 +268,23 @@ def _compare(
     scale: Array,
     direction: layouts.Packed | None,
     active: Array,
-) -> tuple[Array, Array, layouts.Packed | None]:
+) -> tuple[Array, Array, dict[str, Any]]:
     """Returns whether `new` may be used, V_new V_old^T, and the last direction.
 
-    The direction is taken off the subspace that its step was orthogonal to. What reads
-    the old rows decides over acceptance, so that it comes before the choice: XLA can
-    then make the choice in place, and an untaken refresh copies nothing.
+    The direction is taken off the new subspace, so that its curvature is that of the
+    complement from here on. What reads the old rows decides over acceptance, so that it
+    comes before the choice: XLA can then make the choice in place, and an untaken
+    refresh copies nothing.
     """
     usable = subspaces.is_acceptable(new, scale, inner)
     change = subspaces.change_of_basis(old, new, inner)
     usable &= jnp.all(jnp.isfinite(change))
-    if direction is not None:
-        direction = subspaces.project_out(direction, old.eigenvectors, active, inner)
-        usable &= jnp.isfinite(linalg.norm(direction, inner))
-    return usable, change, direction
+    if direction is None:
+        return usable, change, {}
+    direction = subspaces.project_out(direction, new.eigenvectors, active, inner)
+    length = linalg.vdot(direction, direction, inner)
+    usable &= jnp.isfinite(length)
+    return usable, change, {"direction": direction, "length": length}
 
 
 def _probe_if_unprobed(state: CurvatureState, products: Products) -> _rate.RateState:
@@ -290,9 +293,7 @@ def _probe_if_unprobed(state: CurvatureState, products: Products) -> _rate.RateS
     assert rate is not None
 
     def measure(rate: _rate.RateState) -> _rate.RateState:
-        layout, active = layout_of_state(state), is_active(state)
-        along = outside(layout, rate.direction, state.subspace, active)
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
-        return _rate.adjust(rate, *products.bend(along), unlimited)
+        return _rate.adjust(rate, *products.bend(rate.direction), unlimited)
 
     return jax.lax.cond(_rate.is_unprobed(rate), measure, lambda r: r, rate)

@@ -243,15 +243,16 @@ def base_specs(layout: Layout) -> tuple[P, ...]:
     return tuple(specs)
 
 
-def _inner(layout: Layout, rows: Rows, vector: PyTree) -> Array:
+def _inner(layout: Layout, rows: Rows, *vectors: PyTree) -> Array:
     """Returns inner products over all slices; each number counts once."""
     place = _place(layout)
-    if isinstance(vector, Flat):
-        return jax.lax.psum(linalg.inner(rows, vector), place.axes)
-    leaves = zip(
-        jax.tree.leaves(rows), jax.tree.leaves(vector), copies(layout), strict=True
-    )
-    terms = [linalg.inner(r, x) / held for r, x, held in leaves]
+    if isinstance(vectors[0], Flat):
+        return jax.lax.psum(linalg.inner(rows, *vectors), place.axes)
+    leaves = zip(*map(jax.tree.leaves, (rows, *vectors)), strict=True)
+    terms = [
+        linalg.inner(*leaf) / held
+        for leaf, held in zip(leaves, copies(layout), strict=True)
+    ]
     # Where nothing could be split over some axis, all its devices hold the same.
     total = axes.varying(sum(terms[1:], terms[0]), place.axes)
     return jax.lax.psum(total, place.axes)

@@ -18,6 +18,11 @@ Each step, with c0 = V g:
 
 u lives in the span of V and is kept as its k + l coefficients. V is read four times:
 for c0, for g2, for V d, and for the one combination that ends lines 1 and 3 together.
+
+The update of a linear base (gradient descent, with or without momentum) of g2 is the
+projection of its update of g. It is given g, and V is read twice: for c0 and V d, and
+for the combination. Where V has changed since, the two differ: g2 of earlier steps was
+off another V, while all of the base's memory of g is taken off this one.
 """
 
 from typing import Any, NamedTuple
@@ -55,16 +60,17 @@ class Rates(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A gradient in two parts."""
+    """A gradient in two parts; or, for a linear base, not yet split."""
 
     active: Array  # (k + l,), bool: slots that take part
-    inside: Array  # c0 = V g, (k + l,), float32
-    complement: Packed  # g2 = g - V^T c0, in the dtypes of g
+    inside: Array | None  # c0 = V g, (k + l,), float32
+    given: Packed  # to the base: g2 = g - V^T c0, or g; in the dtypes of g
 
 
 class Measured(NamedTuple):
-    """Inner products with the base's update d; `()` float32 but the first."""
+    """Inner products with g and the base's update d; `()` float32 but the first two."""
 
+    inside: Array  # c0 = V g, (k + l,)
     overlap: Array  # V d, (k + l,)
     step_square: Array  # d . d
     complement_square: Array  # g2 . g2
@@ -72,15 +78,21 @@ class Measured(NamedTuple):
     slope_ahead: Array | None  # g2 . d
 
 
-def split(state: CurvatureState, grads: Packed) -> Split:
-    """Splits the gradient into the subspace and its complement."""
+def split(state: CurvatureState, grads: Packed, linear_base: bool = False) -> Split:
+    """Splits the gradient into the subspace and its complement, if the base needs it.
+
+    For a linear base `join` does so, in one pass with d.
+    """
 
     def apart(inner, rows, grads, active):
         inside = subspaces.coefficients(rows, grads, active, inner)
         return Split(active, inside, subspaces.remove(grads, inside, rows))
 
+    active = is_active(state)
+    if linear_base:
+        return Split(active, None, grads)
     rows = state.subspace.eigenvectors
-    return on_slices(layout_of_state(state), apart, rows, grads, is_active(state))
+    return on_slices(layout_of_state(state), apart, rows, grads, active)
 
 
 def join(
@@ -96,7 +108,7 @@ def join(
     Args:
       state: Before the step.
       parts: What `split` made of the gradient.
-      steps: d, the base's update of the complement.
+      steps: d, the base's update of what it was given.
       rates: The hyper-parameters.
       products: The curvature at the parameters, for the rate's probes, if there is one.
       probe: With a staggered refresh, what was measured along the last step instead.
@@ -107,7 +119,7 @@ def join(
     config, space, layout = state.config, state.subspace, layout_of_state(state)
     rows, active = space.eigenvectors, parts.active
     last = None if state.rate is None else state.rate.direction
-    seen = on_slices(layout, _measure, rows, active, parts.complement, steps, last)
+    seen = on_slices(layout, _measure, rows, parts, steps, last)
 
     if state.rate is None:
         rate, floor = None, 0.0
@@ -116,10 +128,10 @@ def join(
         )
         scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, rates.cap), 1.0)
     else:
-        scale, rate = _set_rate(state, parts, steps, seen, rates, products, probe)
+        scale, rate = _set_rate(state, active, steps, seen, rates, products, probe)
         floor = _FLOOR
 
-    momentum = _next_momentum(state, parts.inside, rates.decay)
+    momentum = _next_momentum(state, seen.inside, rates.decay)
     momentum = jnp.where(active, momentum, 0.0)
     inverse = subspaces.newton_scale(space.eigenvalues, active, rates.damping, floor)
     newton = rates.newton * momentum * inverse
@@ -131,19 +143,14 @@ def join(
         newton = jnp.where(scale > 0, newton, 0.0)
 
     inside = scale * seen.overlap + newton
-    if probe is None:
+    if rate is None:
         updates = on_slices(layout, _move, rows, inside, steps, scale, rates.schedule)
     else:
+        both = jnp.stack([inside, seen.overlap])
         updates, outside = on_slices(
-            layout,
-            _move_and_project,
-            rows,
-            jnp.stack([inside, seen.overlap]),
-            steps,
-            scale,
-            rates.schedule,
+            layout, _move_and_project, rows, both, steps, scale, rates.schedule
         )
-        rate = None if rate is None else rate._replace(direction=outside)
+        rate = rate._replace(direction=outside)
     length = rates.schedule * jnp.sqrt(
         scale**2 * _length_outside(seen) + jnp.sum(newton**2)
     )
@@ -166,18 +173,30 @@ def _travel(state: CurvatureState, length: Array) -> CurvatureState:
 def _measure(
     inner: Inner,
     rows: Packed,
-    active: Array,
-    complement: Packed,
+    parts: Split,
     steps: Packed,
     last: Packed | None,
 ) -> Measured:
+    """Returns what `join` needs to know; g2 itself is not needed for any of it.
+
+    The last direction is off V, so that g . d of it is g2 . d.
+    """
+    active, inside, given = parts
     steps = linalg.as_float32(steps)
+    square, ahead = (linalg.vdot(given, x, inner) for x in (given, steps))
+    if inside is not None:
+        overlap = subspaces.coefficients(rows, steps, active, inner)
+    else:
+        inside, overlap = jnp.where(active, inner(rows, given, steps), 0.0)
+        square = jnp.maximum(square - jnp.sum(inside**2), 0.0)
+        ahead -= jnp.sum(inside * overlap)
     return Measured(
-        overlap=subspaces.coefficients(rows, steps, active, inner),
+        inside=inside,
+        overlap=overlap,
         step_square=linalg.vdot(steps, steps, inner),
-        complement_square=linalg.vdot(complement, complement, inner),
-        slope=None if last is None else linalg.vdot(complement, last, inner),
-        slope_ahead=None if last is None else linalg.vdot(complement, steps, inner),
+        complement_square=square,
+        slope=None if last is None else linalg.vdot(given, last, inner),
+        slope_ahead=None if last is None else ahead,
     )
 
 
@@ -211,18 +230,21 @@ def _move_and_project(
 
 def _set_rate(
     state: CurvatureState,
-    parts: Split,
+    active: Array,
     steps: Packed,
     seen: Measured,
     rates: Rates,
     products: Products | None,
     probe: Probe | None,
 ) -> tuple[Array, _rate.RateState]:
-    """One step of the curvature-set rate, which rests while no slot is active."""
+    """One step of the curvature-set rate, which rests while no slot is active.
+
+    Returns:
+      s, and the rule after the step but for its direction.
+    """
     rate, slope, slope_ahead = state.rate, seen.slope, seen.slope_ahead
     assert rate is not None and slope is not None and slope_ahead is not None
-    use, started = jnp.any(parts.active), rate.steps > 0
-    last, steps = rate.direction, linalg.as_float32(steps)
+    use, started = jnp.any(active), rate.steps > 0
     comparable = state.counters.attempted_at != state.count
     rate = _pick(use & started, _rate.observe(rate, slope, comparable), rate)
 
@@ -232,15 +254,20 @@ def _set_rate(
         rate = _pick(probe.is_due, _pick(rate.probed == 0, first, later), rate)
     elif products is not None:
 
-        def outside(inner, last, steps, started, rows, active):
-            direction = _pick(started, last, steps)
-            return subspaces.project_out(direction, rows, active, inner)
+        def outside(_, steps, rows):
+            steps = linalg.as_float32(steps)
+            return subspaces.remove(steps, seen.overlap, rows)
 
         def measure(rate: _rate.RateState) -> _rate.RateState:
             # The previous direction has not seen this batch; the first has no other.
-            rows = state.subspace.eigenvectors
-            layout = layout_of_state(state)
-            along = on_slices(layout, outside, last, steps, started, rows, parts.active)
+            along = jax.lax.cond(
+                started,
+                lambda last, _, rows: last,
+                lambda _, steps, rows: on_slices(
+                    layout_of_state(state), outside, steps, rows
+                ),
+                *(rate.direction, steps, state.subspace.eigenvectors),
+            )
             bend, length = products.bend(along)
             first = _rate.first_scale(rate, slope_ahead, bend * length)
             later = _rate.adjust(rate, bend, length, rates.cap)
@@ -257,7 +284,6 @@ def _set_rate(
         scale = jnp.where(use & ~started, 0.0, scale)
     return scale, rate._replace(
         steps=rate.steps + use.astype(jnp.int32),
-        direction=steps,
         length=_length_outside(seen),
         taken=rates.schedule * scale,
     )
@@ -289,7 +315,7 @@ def _shortening(newton: Array, momentum: Array, seen: Measured, scale: Array) ->
     converged first. A base that does not move at all sets no bound.
     """
     slope = jnp.sqrt(seen.complement_square)
-    reach = scale * jnp.sqrt(seen.step_square)
+    reach = scale * jnp.sqrt(_length_outside(seen))
     size, own = _norm(momentum), _norm(newton)
     bounded = (slope > _VANISHED * size) & (reach > 0) & (own > 0)
     reach *= jnp.maximum(1.0, size / jnp.where(bounded, slope, 1.0))

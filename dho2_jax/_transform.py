@@ -49,6 +49,7 @@ def dho2(
     axis_name: str | tuple[str, ...] | None = None,
     curvature_mask: Any = None,
     shard_base_state: bool | None = None,
+    linear_base: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A Newton step in the sharpest subspace, any first-order optimizer elsewhere.
 
@@ -128,6 +129,10 @@ def dho2(
       shard_base_state: Keep the base's own state in slices too (ZeRO-1). With
         `axis_name` the base then sees slices of large matrices: for elementwise bases
         only. None: True with `mesh`, else False. Static.
+      linear_base: Whether the base's update is a linear function of the gradients it
+        has seen, as that of `optax.sgd` is with any momentum. The base is then given
+        the whole gradient, which makes the same step while V stays, and V is read twice
+        a step instead of four times. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
@@ -169,6 +174,11 @@ def dho2(
         axis_name=axis_name,
         shard_base_state=shard_base_state,
     )
+    if not isinstance(linear_base, bool):
+        raise ValueError(
+            f"`linear_base` must be True or False, got {linear_base!r}; True for "
+            "gradient descent with or without momentum only."
+        )
     check_number("newton_learning_rate", newton_learning_rate, 0.0)
     check_number("subspace_decay", subspace_decay, 0.0, 1.0)
     check_number("damping", damping, 0.0)
@@ -238,12 +248,12 @@ def dho2(
             cap=_at(max_base_scaling, ours.count),
             schedule=_at(rate_schedule, ours.count),
         )
-        parts = stepping.split(ours, scatter(layout, grads))
+        parts = stepping.split(ours, scatter(layout, grads), linear_base)
         dtypes, merge, steps, base_state = bases.update(
             base,
             ours.config,
             updates,
-            parts.complement,
+            parts.given,
             state.base_state,
             params,
             extra_args,

@@ -26,8 +26,10 @@ ValueFn: TypeAlias = Callable[[Params], Array]
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
 """A symmetric linear map from vectors to vectors, both pytrees like the parameters."""
 
-Inner: TypeAlias = Callable[[Rows, PyTree], Array]
-"""`(rows, vector) -> (rows,)`: each row's inner product with the vector."""
+Inner: TypeAlias = Callable[..., Array]
+"""`(rows, vector) -> (rows,)`: each row's inner product with the vector.
+
+Of several vectors at once, `(rows, x, y, ...) -> (vectors, rows)`."""
 
 ScalarOrSchedule: TypeAlias = optax.ScalarOrSchedule
 """A number, a traced number, or an Optax schedule of the step count."""

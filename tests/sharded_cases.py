@@ -150,6 +150,9 @@ PROBLEMS = {
         ggn_source,
         {"curvature": "ggn", "base_rate": "fixed"},
     ),
+    "linear": Problem(
+        FEW, lambda: optax.sgd(1e-2, momentum=0.9), plain_source, {"linear_base": True}
+    ),
     "own_products": Problem(
         ("kernel", "tall", "tower"), _adam, matvec_source, {"num_smallest": 0}
     ),

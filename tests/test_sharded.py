@@ -79,6 +79,7 @@ def test_fifty_steps_agree_with_one_device(layout):
         ("mixed", "heavy_ball"),
         ("mixed_explicit", "own_products"),
         ("cube", "muon"),  # and the external refresh
+        ("mixed", "linear"),
     ],
 )
 def test_every_layout_trains_as_one_device(layout, problem):
