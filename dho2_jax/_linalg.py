@@ -14,8 +14,6 @@ import jax.numpy as jnp
 
 from dho2_jax._types import Array, Inner, PyTree, Rows
 
-_CACHED = 2**22  # numbers of a vector: two of them fit into the L2 of an A100 or H100
-
 
 def _contract(a: Array, b: Array, axes) -> Array:
     return jnp.tensordot(
@@ -59,26 +57,14 @@ def _matrix_products(rows: Array, *vectors: Array) -> Array:
 
 
 def _sums_of_products(rows: Array, *vectors: Array) -> Array:
-    """Returns `_inner` where a matrix product would read too much.
+    """Returns `_inner` where a matrix product of so few columns would read rows again.
 
-    A GPU takes row after row, and reads the vectors again with each where they do not
-    fit into its L2 cache: a large leaf goes piece by piece, along its first dimension.
+    XLA fuses the sums into one kernel on a GPU. On an H100 two inner products with 16
+    rows of 1e8 numbers took 6.6 ms, one 4.4 ms, and as a matrix product both 8.6 ms.
     """
-
-    def sums(rows: Array, *vectors: Array) -> Array:
-        rows = rows.astype(jnp.float32)
-        axes = tuple(range(1, rows.ndim))
-        return jnp.stack([jnp.sum(rows * x.astype(jnp.float32), axes) for x in vectors])
-
-    def add(i: Array, total: Array) -> Array:
-        pieces = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in vectors)
-        return total + sums(jax.lax.dynamic_index_in_dim(rows, i, 1, False), *pieces)
-
-    first = vectors[0]
-    if first.ndim < 2 or first.shape[0] == 1 or first.size <= _CACHED:
-        return sums(rows, *vectors)
-    shape = jax.eval_shape(sums, rows, *vectors)
-    return jax.lax.fori_loop(0, first.shape[0], add, jnp.zeros(shape.shape))
+    rows = rows.astype(jnp.float32)
+    axes = tuple(range(1, rows.ndim))
+    return jnp.stack([jnp.sum(rows * x.astype(jnp.float32), axes) for x in vectors])
 
 
 def vdot(x: PyTree, y: PyTree, inner: Inner | None = None) -> Array:

@@ -14,12 +14,12 @@ The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(st
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
 would send s to zero. Only when steps raise the loss (s > 3 s*), or grow in length, does
 it fall by up to a half at a probe. In the first steps s may leap to a quarter of s*,
-wherever it started. The guard halves s at once when a slope is eight mean deviations
-above its mean, which is how a sharp direction that leaked out of the subspace first
-shows. Both are of the last ten steps or so: slopes fall by orders of magnitude in a
-run, and against the mean of a hundred steps a leak would not stand out before it has
-done its damage. In the first steps, when such means mislead, the guard acts on a slope
-that the curvature seen so far cannot explain.
+wherever it started, until the guard first acts. The guard halves s at once when a slope
+is eight mean deviations above its mean, which is how a sharp direction that leaked out
+of the subspace first shows. Both are of the last ten steps or so: slopes fall by orders
+of magnitude in a run, and against the mean of a hundred steps a leak would not stand
+out before it has done its damage. In the first steps, when such means mislead, the
+guard also acts on a slope that the curvature seen so far cannot explain.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients
@@ -201,7 +201,9 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
         | (rate.scale < best / _FAR)
     )
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
-    leap = jnp.where(rate.steps < EARLY_STEPS, _LEAP * best, 0.0)
+    # Not on the few readings since a cut.
+    leaps = (rate.steps < EARLY_STEPS) & (rate.cuts == 0)
+    leap = jnp.where(leaps, _LEAP * best, 0.0)
     grown = jnp.minimum(best, jnp.maximum(growth * rate.scale, leap))
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
     diverging = (taken >= 3 * best) | (length > rate.weight)

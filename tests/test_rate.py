@@ -61,7 +61,7 @@ class PlainRule:
                     or self.s < best / 16
                 )
                 growth = 2.0 if fast else min(2.0, 1.25 ** (elapsed / 10))
-                leap = best / 4 if self.steps < 40 else 0.0
+                leap = best / 4 if self.steps < 40 and not self.cuts else 0.0
                 self.s = min(best, max(growth * self.s, leap))
             elif best < taken:
                 slow = np.sqrt(1 - elapsed / (self.steps + elapsed))
