@@ -13,13 +13,13 @@ s* = -a / h. Both are averages of noisy readings:
 The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
 would send s to zero. Only when steps raise the loss (s > 3 s*), or grow in length, does
-it fall by up to a half at a probe. In the first steps s may leap to a quarter of s*,
-wherever it started, until the guard first acts. The guard halves s at once when a slope
-is eight mean deviations above its mean, which is how a sharp direction that leaked out
-of the subspace first shows. Both are of the last ten steps or so: slopes fall by orders
-of magnitude in a run, and against the mean of a hundred steps a leak would not stand
-out before it has done its damage. In the first steps, when such means mislead, the
-guard also acts on a slope that the curvature seen so far cannot explain.
+it fall by up to a half at a probe. In the first steps s may grow fourfold at a probe,
+up to a quarter of s*, until the guard first acts. The guard halves s at once when a
+slope is eight mean deviations above its mean, which is how a sharp direction that
+leaked out of the subspace first shows. Both are of the last ten steps or so: slopes
+fall by orders of magnitude in a run, and against the mean of a hundred steps a leak
+would not stand out before it has done its damage. In the first steps, when such means
+mislead, the guard also acts on a slope that the curvature seen so far cannot explain.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients
@@ -41,7 +41,8 @@ _AVERAGE = 0.8  # memory of the averages of a and h
 _MEMORY = 0.9  # memory of the guard's statistics
 _DEVIATIONS = 8.0
 _SETTLED = 10  # slopes seen before the guard trusts its statistics
-_LEAP = 0.25  # share of s* that s may take at once in the early steps
+_LEAP = 0.25  # share of s* that s may leap to in the early steps
+_LONGEST = 4.0  # leap, a factor
 _FAR = 16.0  # s* / s beyond which s grows fast at any time
 _SMALLEST = 1e-12
 
@@ -203,7 +204,7 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
     # Not on the few readings since a cut.
     leaps = (rate.steps < EARLY_STEPS) & (rate.cuts == 0)
-    leap = jnp.where(leaps, _LEAP * best, 0.0)
+    leap = jnp.where(leaps, jnp.minimum(_LEAP * best, _LONGEST * rate.scale), 0.0)
     grown = jnp.minimum(best, jnp.maximum(growth * rate.scale, leap))
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
     diverging = (taken >= 3 * best) | (length > rate.weight)

@@ -254,19 +254,16 @@ def _set_rate(
         rate = _pick(probe.is_due, _pick(rate.probed == 0, first, later), rate)
     elif products is not None:
 
-        def outside(_, steps, rows):
-            steps = linalg.as_float32(steps)
-            return subspaces.remove(steps, seen.overlap, rows)
+        def outside(_, steps, overlap, rows):
+            return subspaces.remove(linalg.as_float32(steps), overlap, rows)
 
         def measure(rate: _rate.RateState) -> _rate.RateState:
             # The previous direction has not seen this batch; the first has no other.
             along = jax.lax.cond(
                 started,
-                lambda last, _, rows: last,
-                lambda _, steps, rows: on_slices(
-                    layout_of_state(state), outside, steps, rows
-                ),
-                *(rate.direction, steps, state.subspace.eigenvectors),
+                lambda last, *_: last,
+                lambda _, *args: on_slices(layout_of_state(state), outside, *args),
+                *(rate.direction, steps, seen.overlap, state.subspace.eigenvectors),
             )
             bend, length = products.bend(along)
             first = _rate.first_scale(rate, slope_ahead, bend * length)

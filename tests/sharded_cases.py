@@ -151,7 +151,10 @@ PROBLEMS = {
         {"curvature": "ggn", "base_rate": "fixed"},
     ),
     "linear": Problem(
-        FEW, lambda: optax.sgd(1e-2, momentum=0.9), plain_source, {"linear_base": True}
+        FEW,
+        lambda: optax.sgd(1e-2, momentum=0.9),
+        ggn_source,
+        {"curvature": "ggn", "base_rate": "fixed", "linear_base": True},
     ),
     "own_products": Problem(
         ("kernel", "tall", "tower"), _adam, matvec_source, {"num_smallest": 0}

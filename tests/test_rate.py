@@ -61,7 +61,8 @@ class PlainRule:
                     or self.s < best / 16
                 )
                 growth = 2.0 if fast else min(2.0, 1.25 ** (elapsed / 10))
-                leap = best / 4 if self.steps < 40 and not self.cuts else 0.0
+                leap = min(best / 4, 4 * self.s)
+                leap = leap if self.steps < 40 and not self.cuts else 0.0
                 self.s = min(best, max(growth * self.s, leap))
             elif best < taken:
                 slow = np.sqrt(1 - elapsed / (self.steps + elapsed))
@@ -245,8 +246,9 @@ def test_a_schedule_multiplies_the_rule():
 
     cosine = optax.schedules.cosine_decay_schedule(1.0, steps)
     # The decay is neither compensated (that would be a factor of 16,000 by the end) nor
-    # fed back.
-    assert 0.3 < run(cosine) / run(1.0) < 20
+    # fed back. Undisturbed s grows by 1.25 in ten steps, 36-fold after the first forty;
+    # at a constant rate the guard holds it at the edge, some times lower.
+    assert 0.3 < run(cosine) / run(1.0) < 200
 
 
 def test_a_spike_is_cut_and_forgotten():

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who races: every optimizer, each with the same budget of settings to be tuned over.
+
+`make(rate, factor)` builds one from a rate and the schedule's factor, both traced, so
+that one compilation serves all settings.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from workloads import Workload
+
+import dho2_jax
+
+Make = Callable[[Any, Any], Any]
+PERIOD, EARLY = 100, (20, 50)  # steps between refreshes, and the early ones
+
+
+class Contender(NamedTuple):
+    """An optimizer and how a loop has to drive it."""
+
+    name: str
+    make: Make  # rate, factor -> transformation
+    rates: tuple[float, ...]  # to tune over, each constant and with a cosine
+    default: float | None = None  # of a hybrid: where it starts when nothing is tuned
+    refreshes: Callable[[Any], Any] | None = None  # step, traced or not -> due
+    needs_value: bool = False  # a line search over the training loss
+
+
+BASES: dict[str, Make] = {
+    "heavy ball": lambda rate, factor: optax.sgd(rate * factor, momentum=0.9),
+    "Adam": lambda rate, factor: optax.adam(rate * factor),
+    "Muon": lambda rate, factor: optax.contrib.muon(rate * factor, beta=0.95),
+}
+STARTS = {"heavy ball": 1e-2, "Adam": 1e-3, "Muon": 1e-2}
+# Five rates around the best of each base on each workload.
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "autoencoder": {
+        "heavy ball": (2e-4, 5e-4, 1e-3, 1.5e-3, 2e-3),
+        "Adam": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
+        "Muon": (5e-3, 1e-2, 2e-2, 3e-2, 5e-2),
+        "Kron": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    },
+    "digits": {
+        "heavy ball": (0.03, 0.1, 0.2, 0.3, 0.5),
+        "Adam": (4e-3, 8e-3, 1.6e-2, 2.4e-2, 3.2e-2),
+        "Muon": (2e-2, 4e-2, 6e-2, 8e-2, 1.2e-1),
+        "Kron": (2e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+    },
+    "transformer": {
+        "heavy ball": (0.03, 0.06, 0.1, 0.15, 0.2),
+        "Adam": (1e-3, 2e-3, 4e-3, 6e-3, 1e-2),
+        "Muon": (1e-2, 2e-2, 3e-2, 4e-2, 6e-2),
+        "Kron": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    },
+}
+
+
+def due(step: Any) -> Any:
+    """Returns whether to refresh before a step, traced or not."""
+    found = step % PERIOD == 0
+    for early in EARLY:
+        found |= step == early
+    return found
+
+
+def fosi_due(step: Any) -> Any:
+    """Returns the same by FOSI's schedule: the first one after a whole period."""
+    return (step + 1) % PERIOD == 0
+
+
+def contenders(workload: Workload) -> dict[str, Contender]:
+    """Returns all contenders on a workload, by name."""
+    rates = RATES[workload.name.split()[0]]
+    k = workload.num_largest
+    found = [
+        Contender(base, with_extras(make), rates[base]) for base, make in BASES.items()
+    ]
+    found.append(Contender("Kron", with_extras(_kron), rates["Kron"]))
+    found.append(
+        Contender("L-BFGS", lambda rate, factor: optax.lbfgs(), (), needs_value=True)
+    )
+    for base in BASES:
+        options = {"num_largest": k, "linear_base": base == "heavy ball"}
+        scale = 1.0 if base == "Muon" else 3.0
+        found += [
+            hybrid(f"DHO² on {base}", base, rates, **options),
+            hybrid(f"DHO² on {base}, α = 0", base, rates, alpha=0.0, **options),
+            # A Newton part beside the base at its own rate and schedule.
+            hybrid(
+                f"DHO² on {base}, fixed",
+                base,
+                rates,
+                alpha=0.3,
+                base_rate="fixed",
+                max_base_scaling=1.0,
+                **options,
+            ),
+            Contender(
+                f"FOSI on {base}",
+                functools.partial(_fosi, base, k, 1.0 if base == "Adam" else scale),
+                rates[base],
+                refreshes=fosi_due,
+            ),
+        ]
+    return {one.name: one for one in found}
+
+
+def hybrid(
+    name: str, base: str, rates: dict[str, Any], *, alpha: float = 1.0, **options: Any
+) -> Contender:
+    """Returns DHO² on a base, refreshed by the loop."""
+    inside = options.get("base_rate") == "fixed"
+
+    def make(rate, factor):
+        return dho2_jax.dho2(
+            BASES[base](rate, factor if inside else 1.0),
+            refresh="external",
+            newton_learning_rate=alpha,
+            rate_schedule=1.0 if inside else factor,
+            **options,
+        )
+
+    default = None if inside else STARTS[base]
+    return Contender(name, make, rates[base], default, due)
+
+
+def with_extras(make: Make) -> Make:
+    """Returns a maker of transformations that take and ignore any keyword."""
+    return lambda rate, factor: optax.with_extra_args_support(make(rate, factor))
+
+
+def _fosi(base: str, k: int, clip: float, rate: Any, factor: Any) -> Any:
+    """Returns FOSI's published setting: random restarts, m = 4k, a clip."""
+    return dho2_jax.fosi(
+        BASES[base](rate, factor),
+        num_largest=k,
+        refresh="external",
+        subspace_momentum="ema" if base == "Adam" else "heavy_ball",
+        max_base_scaling=clip,
+    )
+
+
+def _kron(rate: Any, factor: Any) -> Any:
+    import psgdax  # not needed by the other contenders
+
+    return psgdax.kron(rate * factor)
+
+
+def is_constant(cosine: bool) -> str:
+    """Returns a schedule's name."""
+    return "cosine" if cosine else "constant"
+
+
+def cosine(step: Any, steps: int, library: Any = np) -> Any:
+    """Returns the factor of a cosine to zero, in NumPy or in `jax.numpy`."""
+    return 0.5 * (1 + library.cos(library.pi * step / steps))
+
+
+def curvature_loss(workload: Workload, batch: Any) -> Callable[[Any], jax.Array]:
+    """Returns what a hybrid takes for `value_fn` in a step with this batch."""
+    part = workload.part(batch)
+    return lambda params: workload.task.loss_fn(params, part)

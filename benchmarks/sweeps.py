@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured in steps: tuning, random starts, larger batches.
+
+    python benchmarks/sweeps.py tune    [--workloads a,b] [--contenders "A;B"]
+    python benchmarks/sweeps.py starts  [...]
+    python benchmarks/sweeps.py batches [...]
+
+Each writes one JSON for a contender on a workload into `benchmarks/results/sweeps/`,
+and passes over those that are there. All runs of one are one program (`fleet.py`), so
+that an accelerator does them in seconds, and a CPU in a night; what they say is the
+same on both, to rounding.
+
+`tune`: five rates, each constant and with a cosine, on seeds that no table reports.
+`starts`: a hundred and two runs of 300 steps, untuned, from seeds, batch sizes and
+initial rates over four decades, all drawn at random.
+`batches`: `tune` at 4 and 16 times the batch.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import time
+
+import fleet
+import jax
+import numpy as np
+import workloads
+from contenders import Contender
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "sweeps"
+TUNING_SEEDS = (100, 101)
+FACTORS = {  # of the batch; digits are too few for more
+    "autoencoder": (4, 16),
+    "digits": (4,),
+    "transformer": (4, 16),
+}
+LARGER = ("heavy ball", "Adam", "Muon")
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Sweeps every contender's settings."""
+    for name in options.workloads:
+        workload = workloads.build(name)
+        for one in _chosen(workload, options):
+            _sail("tune", workload, one, fleet.grid(one, TUNING_SEEDS))
+
+
+def batches(options: argparse.Namespace) -> None:
+    """Sweeps the settings of the bases and of DHO² on them at larger batches."""
+    for name in options.workloads:
+        for factor in FACTORS[name]:
+            workload = workloads.build(name, factor)
+            for one in _chosen(workload, options):
+                _sail("batches", workload, one, fleet.grid(one, TUNING_SEEDS[:1]))
+
+
+def starts(options: argparse.Namespace) -> None:
+    """Runs DHO² untuned from anywhere."""
+    for name in options.workloads:
+        for factor in (0.25, 1, 4):
+            workload = workloads.build(name, factor, steps=300)
+            random = np.random.default_rng([int(4 * factor), len(name)])
+            for one in _chosen(workload, options):
+                if one.default is None:
+                    continue
+                decades = random.uniform(-2, 2, 34)
+                settings = [
+                    fleet.Setting(1000 + i, float(one.default * 10**decade))
+                    for i, decade in enumerate(decades)
+                ]
+                _sail("starts", workload, one, settings)
+
+
+def _chosen(workload: workloads.Workload, options: argparse.Namespace):
+    """Yields the contenders that were asked for and have something to tune."""
+    for name, one in fleet.all_of(workload).items():
+        if one.rates and (not options.contenders or name in options.contenders):
+            yield one
+
+
+def path_of(kind: str, workload: str, contender: str) -> pathlib.Path:
+    """Returns where a sweep is kept."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{workload} {contender}".lower()).strip("-")
+    return RESULTS / kind / f"{words}.json"
+
+
+def _sail(
+    kind: str,
+    workload: workloads.Workload,
+    contender: Contender,
+    settings: list[fleet.Setting],
+) -> None:
+    path = path_of(kind, workload.name, contender.name)
+    if path.exists():
+        return
+    began = time.perf_counter()
+    with jax.default_matmul_precision("highest"):
+        found = fleet.sail(workload, contender, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps(
+            {
+                "workload": workload.name,
+                "contender": contender.name,
+                "device": jax.devices()[0].device_kind,
+                "settings": [one._asdict() for one in settings],
+                "steps": found.steps.tolist(),
+                "losses": [[_short(x) for x in run] for run in found.losses],
+                "cuts": found.cuts.tolist(),
+            }
+        )
+    )
+    print(
+        f"{kind}: {workload.name}, {contender.name}: {len(settings)} runs in "
+        f"{time.perf_counter() - began:.0f} s, best "
+        f"{np.nanmin(found.losses[:, -1]):.4g}",
+        flush=True,
+    )
+
+
+def _short(x: float) -> float | None:
+    return float(f"{x:.5g}") if np.isfinite(x) else None
+
+
+def load(kind: str, workload: str, contender: str) -> fleet.Fleet | None:
+    """Returns a sweep that was made, if it was; None stands for what is not finite."""
+    path = path_of(kind, workload, contender)
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    losses = np.array(found["losses"], float)
+    settings = [fleet.Setting(**one) for one in found["settings"]]
+    return fleet.Fleet(
+        settings, np.array(found["steps"]), losses, np.array(found["cuts"])
+    )
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=("tune", "starts", "batches"))
+    parser.add_argument("--workloads", default=",".join(workloads.SMALL))
+    parser.add_argument("--contenders", default="")
+    options = parser.parse_args()
+    options.workloads = options.workloads.split(",")
+    options.contenders = [x for x in options.contenders.split(";") if x]
+    if options.kind == "batches" and not options.contenders:
+        options.contenders = [
+            one for base in LARGER for one in (base, f"DHO² on {base}")
+        ]
+    {"tune": tune, "starts": starts, "batches": batches}[options.kind](options)
+
+
+if __name__ == "__main__":
+    main()

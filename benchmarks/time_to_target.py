@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time to a target that was fixed beforehand, against tuned peers.
+
+    python benchmarks/time_to_target.py race [--workloads a,b] [--kfac PYTHON]
+    python benchmarks/time_to_target.py report
+
+The protocol, fixed before the results:
+
+* Every contender has the same budget: five rates, each constant and with a cosine, on
+  two seeds that no table reports (`sweeps.py tune`). Its setting is the one that was
+  best at the end; Muon and Kron, which pass Adam's loss long before, and DHO² on Muon
+  race also with the one that was soonest there.
+* The targets on a workload are the median final losses of tuned Adam, tuned heavy ball
+  and tuned Muon after the workload's steps, seeds 0 to 2 of this race.
+* All contenders run in turns, seed after seed, on one machine that does nothing else.
+  The clock counts steps, refreshes and probes; compilation is reported apart.
+* K-FAC (kfac-jax) runs in an environment of its own, by `kfac_worker.py`, on the same
+  parameters and batches, in the same race, each `eval_every` steps of it evaluated too.
+
+`race` writes `results/race-<workload>.json`, `report` prints the tables and draws
+`results/<workload>.png`.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import contenders as who
+import fleet
+import jax
+import numpy as np
+import race
+import sweeps
+import workloads
+from workloads import Workload
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+SEEDS = (0, 1, 2)
+TWICE = ("Muon", "Kron", "DHO² on Muon", "DHO² on Muon, fixed")
+KFAC: dict[str, dict[str, Any]] = {  # damping: best of three tried on another seed
+    "autoencoder": {"method": "adaptive", "damping": 1.0},
+    "digits": {"method": "adaptive", "damping": 0.03},
+    "transformer": {"method": "adaptive", "damping": 0.01},
+}
+KFAC_STEPS = {"autoencoder": 400, "digits": 100, "transformer": 200}
+KFAC_SEEDS = {"transformer": (0,)}  # a step takes ten of the others'
+MODELS = {
+    "autoencoder": ("mlp", "squared_error"),
+    "digits": ("mlp", "classification"),
+    "transformer": ("transformer", "language"),
+}
+
+
+class Entry(NamedTuple):
+    """A row of the race."""
+
+    label: str
+    contender: str
+    rate: float
+    cosine: bool
+    recorded_from: str = ""  # a row whose rates, s times its start, it repeats
+
+
+def entries(workload: Workload) -> list[Entry]:
+    """Returns the rows of a workload, from the sweeps."""
+    found = fleet.all_of(workload)
+    rows: list[Entry] = []
+    goal = _best(workload, "Adam", math.nan)[1]
+    for name, one in found.items():
+        if not one.rates:
+            if workload.name == "digits":
+                rows.append(Entry(name, name, 1.0, False))
+            continue
+        if one.default is not None:
+            rows.append(Entry(f"{name}, untuned", name, one.default, False))
+            if "α" in name:
+                continue
+            if workload.name == "transformer" and name not in TWICE:
+                continue  # a run takes long, and tuning changed nothing there
+        if sweeps.load("tune", workload.name, name) is None:
+            continue
+        goals = (math.nan, goal) if name in TWICE else (math.nan,)
+        chosen = dict.fromkeys(_best(workload, name, x)[0] for x in goals)
+        chosen.pop((one.default, False), None)  # is there as "untuned"
+        for rate, cosine in chosen:
+            label = f"{name}, {rate:g} {who.is_constant(cosine)}"
+            rows.append(Entry(label, name, rate, cosine))
+    for base in ("heavy ball", "Adam"):
+        start, source = who.STARTS[base], f"DHO² on {base}, untuned"
+        rows.append(Entry(f"{base}, at its rate", base, start, False, source))
+    return rows
+
+
+def _best(
+    workload: Workload, contender: str, goal: float
+) -> tuple[tuple[float, bool], float]:
+    """Returns the setting that was best, and its final loss.
+
+    At the end; or, with a goal, soonest at it, if the setting ever was.
+    """
+    swept = sweeps.load("tune", workload.name, contender)
+    assert swept is not None, f"no sweep of {contender} on {workload.name}"
+    finals: dict[tuple[float, bool], list[float]] = {}
+    soonest: dict[tuple[float, bool], list[float]] = {}
+    steps = fleet.steps_to(swept, goal)
+    for setting, losses, step in zip(swept.settings, swept.losses, steps, strict=True):
+        key = setting.rate, setting.cosine
+        last = losses[-1] if np.isfinite(losses[-1]) else math.inf
+        finals.setdefault(key, []).append(float(last))
+        soonest.setdefault(key, []).append(math.inf if step is None else step)
+    scores = {key: statistics.mean(x) for key, x in finals.items()}
+    reached = {key: statistics.mean(x) for key, x in soonest.items()}
+    if min(reached.values()) < math.inf:
+        scores = {key: (reached[key], scores[key]) for key in scores}
+    best = min(scores, key=lambda key: scores[key])
+    return best, statistics.mean(finals[best])
+
+
+def run_race(options: argparse.Namespace) -> None:
+    """Runs every row on every seed, in turns."""
+    RESULTS.mkdir(exist_ok=True)
+    for name in options.workloads:
+        workload = workloads.build(name)
+        rows, compiled = entries(workload), {}
+        for row in rows:
+            if row.contender not in compiled:
+                one = fleet.all_of(workload)[row.contender]
+                compiled[row.contender] = race.compile_for(workload, one)
+                seconds = compiled[row.contender].compile_seconds
+                print(
+                    f"{name}: compiled {row.contender} in {seconds:.1f} s", flush=True
+                )
+        records: list[dict[str, Any]] = []
+        for seed in SEEDS:
+            recorded: dict[str, list[float]] = {}
+            for row in rows:
+                rate: Any = row.rate
+                if row.recorded_from:
+                    rate = recorded[row.recorded_from]
+                programs = compiled[row.contender]
+                done = race.run(
+                    workload, programs, seed=seed, rate=rate, cosine=row.cosine
+                )
+                recorded[row.label] = [row.rate * x for x in done.scales]
+                records.append(
+                    row._asdict()
+                    | {"seed": seed, "compile_seconds": programs.compile_seconds}
+                    | {k: v for k, v in done._asdict().items() if k != "scales"}
+                )
+                print(
+                    f"{name}: {row.label}, seed {seed}: {done.losses[-1]:.4g} after "
+                    f"{done.steps[-1]} steps, {done.seconds[-1]:.2f} s",
+                    flush=True,
+                )
+            if options.kfac and seed in KFAC_SEEDS.get(name, SEEDS):
+                records += _kfac(workload, options.kfac, seed)
+            text = json.dumps({"workload": name, "records": records})
+            (RESULTS / f"race-{name}.json").write_text(text)
+
+
+def _kfac(workload: Workload, python: str, seed: int) -> list[dict[str, Any]]:
+    """Runs K-FAC on the same parameters and batches, in its own environment."""
+    name, steps = workload.name, KFAC_STEPS[workload.name]
+    model, loss = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        there = pathlib.Path(folder)
+        problem = {"name": name, "model": model, "loss": loss, "num_heads": 4}
+        problem |= {"steps": steps, "eval_every": workload.eval_every}
+        (there / "problem.json").write_text(json.dumps(problem))
+        paths = jax.tree_util.tree_leaves_with_path(workload.task.init(seed))
+        params = {
+            "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): x
+            for path, x in paths
+        }
+        np.savez(there / f"params-{seed}.npz", **params)
+        draw = jax.jit(workload.batch)
+        drawn = [draw(np.uint32(seed), np.int32(i)) for i in range(steps)]
+        for file, batches in (
+            (f"batches-{seed}", jax.tree.map(lambda *x: np.stack(x), *drawn)),
+            ("validation", workload.task.dataset.validation),
+        ):
+            arrays = {str(i): x for i, x in enumerate(jax.tree.leaves(batches))}
+            np.savez(there / f"{file}.npz", **arrays)
+        runs = json.dumps([KFAC[name] | {"seed": seed}])
+        worker = pathlib.Path(__file__).with_name("kfac_worker.py")
+        done = subprocess.run(
+            [python, str(worker), folder], input=runs, capture_output=True, text=True
+        )
+    if done.returncode:
+        sys.exit(f"K-FAC failed: {done.stderr[-2000:]}")
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    print(f"{name}: K-FAC, seed {seed}: {found['val_loss'][-1]:.4g}, {found['error']}")
+    return [
+        {
+            "label": "K-FAC, adaptive",
+            "contender": "K-FAC",
+            "seed": seed,
+            "compile_seconds": found["compile_seconds"],
+            "steps": found["steps"],
+            "seconds": found["seconds"],
+            "losses": found["val_loss"],
+        }
+    ]
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("race", "report"))
+    parser.add_argument("--workloads", default=",".join(workloads.SMALL))
+    parser.add_argument("--kfac", default="", help="a Python that has kfac-jax 0.0.8")
+    options = parser.parse_args()
+    options.workloads = options.workloads.split(",")
+    if options.command == "race":
+        run_race(options)
+    else:
+        import report
+
+        report.report(options.workloads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The benchmarks: two ways to run a contender agree, and the report reads a race."""
+
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("name", ["Adam", "DHO² on heavy ball"])
+def test_a_fleet_and_a_race_train_alike(name):
+    import fleet
+    import race
+    import workloads
+
+    workload = workloads.build("digits", steps=24)
+    contender = fleet.all_of(workload)[name]
+    settings = [fleet.Setting(3, 1e-2), fleet.Setting(4, 3e-3, cosine=True)]
+    found = fleet.sail(workload, contender, settings)
+    programs = race.compile_for(workload, contender)
+    for setting, losses in zip(settings, found.losses, strict=True):
+        alone = race.run(
+            workload,
+            programs,
+            seed=setting.seed,
+            rate=setting.rate,
+            cosine=setting.cosine,
+        )
+        assert alone.steps == found.steps.tolist()
+        np.testing.assert_allclose(alone.losses, losses, rtol=2e-3)
+        assert alone.losses[-1] < 0.9 * alone.losses[0]
+        assert np.all(np.diff(alone.seconds) > 0)
+        scale = 1.0 if name == "Adam" else max(alone.scales)
+        assert len(alone.scales) == 24 and scale == max(alone.scales)
+        half = math.sqrt(alone.losses[0] * alone.losses[-1])
+        step, _ = race.reached(alone, half)
+        assert 0 < step <= 24
+
+
+def test_every_contender_can_be_built_and_tuned():
+    import fleet
+    import workloads
+
+    for name in workloads.SMALL:
+        for one in fleet.all_of(workloads.build(name)).values():
+            assert len(one.rates) in (0, 5)
+            if one.name != "Kron":  # of a package that only the benchmark needs
+                assert hasattr(one.make(1e-3, 1.0), "update")
+
+
+def test_the_report_reads_medians_and_targets(tmp_path):
+    import report
+
+    def record(label, seed, losses, pace):
+        return {
+            "label": label,
+            "contender": label.split(",")[0],
+            "seed": seed,
+            "compile_seconds": 1.0,
+            "steps": [0, 10, 20],
+            "seconds": [0.0, 10 * pace, 20 * pace],
+            "losses": losses,
+        }
+
+    records = []
+    for seed, end in enumerate((0.9, 1.0, 1.1)):
+        records += [
+            record("heavy ball, 0.1 constant", seed, [4.0, 2.0, end + 1], 0.1),
+            record("Adam, 0.1 constant", seed, [4.0, 2.0, end], 0.1),
+            record("Muon, 0.1 constant", seed, [4.0, 2.0, end], 0.2),
+            record("Adam, at its rate", seed, [4.0, 0.5, 0.5], 0.1),
+        ]
+        for base in report.BASES:
+            label = f"DHO² on {base}, untuned"
+            records.append(record(label, seed, [4.0, end - 0.2, 0.5], 0.1))
+    path = tmp_path / "race.json"
+    path.write_text(json.dumps({"workload": "x", "records": records}))
+    rows = report.load(path)
+    targets = {base: report._tuned(rows, base).final() for base in report.BASES}
+    assert targets == {"heavy ball": 2.0, "Adam": 1.0, "Muon": 1.0}
+    adam = next(row for row in rows if row.label == "Adam, 0.1 constant")
+    assert adam.to(1.0) == (20, 2.0, 2)  # two of three get there
+    assert adam.to(0.1)[:2] == (math.inf, math.inf)
+    text = report.ratios(rows, targets)
+    assert "Adam's target, time (steps) of DHO² on it over Adam, 0.1 constant: " in text
+    assert "untuned 0.50 (0.50)" in text
+    assert "| Adam, 0.1 constant | 1 [0.9, 1.1] |" in report.table(rows, targets)
