@@ -16,6 +16,11 @@ from workloads import Workload
 
 import dho2_jax
 
+try:  # Here and not where it is used: it makes an array, which a trace would keep.
+    import psgdax
+except ImportError:  # the others race without it
+    psgdax = None
+
 Make = Callable[[Any, Any], Any]
 PERIOD, EARLY = 100, (20, 50)  # steps between refreshes, and the early ones
 
@@ -80,7 +85,8 @@ def contenders(workload: Workload) -> dict[str, Contender]:
     found = [
         Contender(base, with_extras(make), rates[base]) for base, make in BASES.items()
     ]
-    found.append(Contender("Kron", with_extras(_kron), rates["Kron"]))
+    if psgdax is not None:
+        found.append(Contender("Kron", with_extras(_kron), rates["Kron"]))
     found.append(
         Contender("L-BFGS", lambda rate, factor: optax.lbfgs(), (), needs_value=True)
     )
@@ -146,8 +152,6 @@ def _fosi(base: str, k: int, clip: float, rate: Any, factor: Any) -> Any:
 
 
 def _kron(rate: Any, factor: Any) -> Any:
-    import psgdax  # not needed by the other contenders
-
     return psgdax.kron(rate * factor)
 
 

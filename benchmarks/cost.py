@@ -51,43 +51,45 @@ def _parts(workload: workloads.Workload, base: str) -> str:
     task, found = workload.task, fleet.all_of(workload)
     params = task.init(0)
     batch = jax.jit(workload.batch)(np.uint32(0), np.int32(0))
-    value_fn = who.curvature_loss(workload, batch)
     rate = jnp.float32(1e-4)
 
-    def trainer(contender: who.Contender, probes: bool):
+    # All of them take the batch as an argument: XLA would fold a constant.
+    def trainer(contender: who.Contender):
         tx = contender.make(rate, 1.0)
 
-        def step(params, state):
+        def step(params, state, batch):
             grads = jax.grad(task.loss_fn)(params, batch)
-            extra: dict[str, Any] = {"value_fn": value_fn} if probes else {}
+            extra: dict[str, Any] = {}
+            if contender.refreshes is not None:
+                extra["value_fn"] = who.curvature_loss(workload, batch)
             updates, state = tx.update(grads, state, params, **extra)
             return optax.apply_updates(params, updates), state
 
         return jax.jit(step), jax.jit(tx.init)(params)
 
-    hybrid = found[f"DHO² on {base}"]
-    alone, base_state = trainer(found[base], False)
-    quiet, state = trainer(hybrid, True)
-    refresh = jax.jit(lambda state: dho2_jax.refresh(state, params, value_fn))
-    state = refresh(state)
+    def renew(state, batch):
+        value_fn = who.curvature_loss(workload, batch)
+        return dho2_jax.refresh(state, params, value_fn)
+
+    alone, base_state = trainer(found[base])
+    ours, state = trainer(found[f"DHO² on {base}"])
+    refresh, gradient = jax.jit(renew), jax.jit(jax.grad(task.loss_fn))
+    state = refresh(state, batch)
 
     def at(count: int):
         """The state `count` steps after its first: the rule probes at tens."""
-        ours = state.curvature
-        steps = jnp.int32(count)
-        rate_state = ours.rate._replace(steps=steps, probed=steps - 5)
-        ours = ours._replace(rate=rate_state, count=steps)
-        return state._replace(curvature=ours)
+        steps, curvature = jnp.int32(count), state.curvature
+        rule = curvature.rate._replace(steps=steps, probed=steps - 5)
+        return state._replace(curvature=curvature._replace(rate=rule, count=steps))
 
     between, probing = at(101), at(110)
-    gradient = jax.jit(lambda: jax.grad(task.loss_fn)(params, batch))
     times = in_turns(
         {
-            "gradient": gradient,
-            "base": lambda: alone(params, base_state),
-            "step": lambda: quiet(params, between),
-            "probe": lambda: quiet(params, probing),
-            "refresh": lambda: refresh(state),
+            "gradient": lambda: gradient(params, batch),
+            "base": lambda: alone(params, base_state, batch),
+            "step": lambda: ours(params, between, batch),
+            "probe": lambda: ours(params, probing, batch),
+            "refresh": lambda: refresh(state, batch),
         },
         rounds=25,
     )

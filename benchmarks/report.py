@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 BASES = ("heavy ball", "Adam", "Muon")
@@ -160,6 +161,8 @@ def draw(name: str, rows: Sequence[Row], targets: dict[str, float]) -> None:
         ylabel="validation loss",
         title=f"{name}: tuned peers (dashed) and DHO², nothing tuned",
     )
+    for choose in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        choose(ScalarFormatter())
     axes.legend(fontsize=8)
     figure.savefig(RESULTS / f"{name}.png", dpi=110)
 

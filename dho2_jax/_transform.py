@@ -132,7 +132,7 @@ def dho2(
       linear_base: Whether the base's update is a linear function of the gradients it
         has seen, as that of `optax.sgd` is with any momentum. The base is then given
         the whole gradient, which makes the same step while V stays, and V is read twice
-        a step instead of four times. Static.
+        a step (on a CPU three times) instead of four times. Static.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->

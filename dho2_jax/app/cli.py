@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: "argparse._SubParsersAction[_Parser]", name: str, **texts: str
+    commands: "argparse._SubParsersAction[_Parser]", name: str, **texts: Any
 ) -> _Parser:
     """Adds a command whose texts are printed as they are."""
     return commands.add_parser(
