@@ -8,6 +8,7 @@ float32, so that bfloat16 parameters work.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +271,7 @@ def check_takes_params(value_fn: Callable, params: Params) -> None:
         return
 
 
-def _ggn_pair(value_fn):
+def _ggn_pair(value_fn: Any) -> tuple[Any, Any]:
     if not is_pair(value_fn):
         raise ValueError(
             "`value_fn` must be the pair (outputs_fn, loss_fn) for curvature='ggn', "
