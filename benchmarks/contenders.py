@@ -15,6 +15,7 @@ import optax
 from workloads import Workload
 
 import dho2_jax
+from dho2_jax._schedule import is_due  # `should_refresh` for traced steps too
 
 try:  # Here and not where it is used: it makes an array, which a trace would keep.
     import psgdax
@@ -67,17 +68,15 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
 
 def due(step: Any) -> Any:
     """Returns whether to refresh before a step, traced or not."""
-    found = step % PERIOD == 0
-    for early in EARLY:
-        found |= step == early
-    return found
+    return is_due(step, PERIOD, EARLY)
 
 
 def fosi_due(step: Any) -> Any:
     """Returns the same by FOSI's schedule: the first one after a whole period."""
-    return (step + 1) % PERIOD == 0
+    return is_due(step + 1, PERIOD, ())
 
 
+@functools.cache
 def contenders(workload: Workload) -> dict[str, Contender]:
     """Returns all contenders on a workload, by name."""
     rates = RATES[workload.name.split()[0]]
@@ -92,7 +91,7 @@ def contenders(workload: Workload) -> dict[str, Contender]:
     )
     for base in BASES:
         options = {"num_largest": k, "linear_base": base == "heavy ball"}
-        scale = 1.0 if base == "Muon" else 3.0
+        clip = 3.0 if base == "heavy ball" else 1.0
         found += [
             hybrid(f"DHO² on {base}", base, rates, **options),
             hybrid(f"DHO² on {base}, α = 0", base, rates, alpha=0.0, **options),
@@ -108,7 +107,7 @@ def contenders(workload: Workload) -> dict[str, Contender]:
             ),
             Contender(
                 f"FOSI on {base}",
-                functools.partial(_fosi, base, k, 1.0 if base == "Adam" else scale),
+                functools.partial(_fosi, base, k, clip),
                 rates[base],
                 refreshes=fosi_due,
             ),
@@ -155,7 +154,7 @@ def _kron(rate: Any, factor: Any) -> Any:
     return psgdax.kron(rate * factor)
 
 
-def is_constant(cosine: bool) -> str:
+def schedule_name(cosine: bool) -> str:
     """Returns a schedule's name."""
     return "cosine" if cosine else "constant"
 
@@ -163,6 +162,28 @@ def is_constant(cosine: bool) -> str:
 def cosine(step: Any, steps: int, library: Any = np) -> Any:
     """Returns the factor of a cosine to zero, in NumPy or in `jax.numpy`."""
     return 0.5 * (1 + library.cos(library.pi * step / steps))
+
+
+def step(
+    workload: Workload, one: Contender, rate: Any, factor: Any, params, state, batch
+) -> tuple[Any, Any]:
+    """Returns parameters and state after one update."""
+    loss_fn = workload.task.loss_fn
+    value, grads = jax.value_and_grad(loss_fn)(params, batch)
+    extra: dict[str, Any] = {}
+    if one.refreshes is not None:
+        extra["value_fn"] = curvature_loss(workload, batch)
+    if one.needs_value:
+        extra |= {"value": value, "grad": grads}
+        extra["value_fn"] = lambda params: loss_fn(params, batch)
+    tx = one.make(rate, factor)
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def refresh(workload: Workload, params, state, batch) -> Any:
+    """Returns the state of a hybrid after a refresh on its part of a batch."""
+    return dho2_jax.refresh(state, params, curvature_loss(workload, batch))
 
 
 def curvature_loss(workload: Workload, batch: Any) -> Callable[[Any], jax.Array]:

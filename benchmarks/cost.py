@@ -23,11 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import contenders as who
-import fleet
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import workloads
 
 import dho2_jax
@@ -48,33 +46,22 @@ def parts(options: argparse.Namespace) -> None:
 
 
 def _parts(workload: workloads.Workload, base: str) -> str:
-    task, found = workload.task, fleet.all_of(workload)
+    task, found = workload.task, who.contenders(workload)
     params = task.init(0)
     batch = jax.jit(workload.batch)(np.uint32(0), np.int32(0))
     rate = jnp.float32(1e-4)
 
     # All of them take the batch as an argument: XLA would fold a constant.
-    def trainer(contender: who.Contender):
-        tx = contender.make(rate, 1.0)
+    def trainer(name: str):
+        one = found[name]
+        step = functools.partial(who.step, workload, one, rate, 1.0)
+        return jax.jit(step), jax.jit(one.make(rate, 1.0).init)(params)
 
-        def step(params, state, batch):
-            grads = jax.grad(task.loss_fn)(params, batch)
-            extra: dict[str, Any] = {}
-            if contender.refreshes is not None:
-                extra["value_fn"] = who.curvature_loss(workload, batch)
-            updates, state = tx.update(grads, state, params, **extra)
-            return optax.apply_updates(params, updates), state
-
-        return jax.jit(step), jax.jit(tx.init)(params)
-
-    def renew(state, batch):
-        value_fn = who.curvature_loss(workload, batch)
-        return dho2_jax.refresh(state, params, value_fn)
-
-    alone, base_state = trainer(found[base])
-    ours, state = trainer(found[f"DHO² on {base}"])
-    refresh, gradient = jax.jit(renew), jax.jit(jax.grad(task.loss_fn))
-    state = refresh(state, batch)
+    alone, base_state = trainer(base)
+    ours, state = trainer(f"DHO² on {base}")
+    refresh = jax.jit(functools.partial(who.refresh, workload))
+    gradient = jax.jit(jax.grad(task.loss_fn))
+    state = refresh(params, state, batch)
 
     def at(count: int):
         """The state `count` steps after its first: the rule probes at tens."""
@@ -89,7 +76,7 @@ def _parts(workload: workloads.Workload, base: str) -> str:
             "base": lambda: alone(params, base_state, batch),
             "step": lambda: ours(params, between, batch),
             "probe": lambda: ours(params, probing, batch),
-            "refresh": lambda: refresh(state, batch),
+            "refresh": lambda: refresh(params, state, batch),
         },
         rounds=25,
     )

@@ -4,7 +4,6 @@
 Every setting of a sweep is a lane of a `vmap`, the whole run one loop on the device.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import contenders as who
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from contenders import Contender
 from workloads import Workload
 
@@ -53,26 +51,16 @@ def sail(
     validation = jax.device_put(task.dataset.validation)
     hybrid = contender.refreshes is not None
 
-    def transform(rate, wants_cosine, i):
-        factor = jnp.where(wants_cosine, who.cosine(i, workload.steps, jnp), 1.0)
-        return contender.make(rate, factor)
-
     def start(params, seed, rate, cosine):
-        return transform(rate, cosine, 0).init(params)
+        return contender.make(rate, 1.0).init(params)
 
     def refresh(i, params, state, seed, rate, cosine):
-        value_fn = who.curvature_loss(workload, workload.batch(seed, i))
-        return dho2_jax.refresh(state, params, value_fn)
+        return who.refresh(workload, params, state, workload.batch(seed, i))
 
     def step(i, params, state, seed, rate, cosine):
+        factor = jnp.where(cosine, who.cosine(i, workload.steps, jnp), 1.0)
         batch = workload.batch(seed, i)
-        grads = jax.grad(task.loss_fn)(params, batch)
-        extra = {}
-        if hybrid:
-            extra["value_fn"] = who.curvature_loss(workload, batch)
-        tx = transform(rate, cosine, i)
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        return who.step(workload, contender, rate, factor, params, state, batch)
 
     def each(fn):
         return jax.vmap(fn, in_axes=(None, 0, 0, 0, 0, 0))
@@ -128,9 +116,3 @@ def steps_to(fleet: Fleet, target: float) -> list[int | None]:
     """Returns the first evaluated step of each run at or below the target."""
     below = fleet.losses <= target
     return [int(fleet.steps[row.argmax()]) if row.any() else None for row in below]
-
-
-@functools.cache
-def all_of(workload: Workload) -> dict[str, Contender]:
-    """Returns the contenders of a workload."""
-    return who.contenders(workload)

@@ -10,7 +10,6 @@ import contenders as who
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from contenders import Contender
 from workloads import Workload
 
@@ -43,24 +42,16 @@ def compile_for(workload: Workload, contender: Contender) -> Programs:
     task, hybrid = workload.task, contender.refreshes is not None
     validation = jax.device_put(task.dataset.validation)
 
-    def step(params, state, batch, rate, factor):
-        value, grads = jax.value_and_grad(task.loss_fn)(params, batch)
-        extra: dict[str, Any] = {}
-        if hybrid:
-            extra["value_fn"] = who.curvature_loss(workload, batch)
-        if contender.needs_value:
-            extra |= {"value": value, "grad": grads}
-            extra["value_fn"] = lambda params: task.loss_fn(params, batch)
-        tx = contender.make(rate, factor)
-        updates, state = tx.update(grads, state, params, **extra)
+    def step(params, state, batch, *rate):
+        params, state = who.step(workload, contender, *rate, params, state, batch)
         scale = jnp.ones(())
         if hybrid:
             # A copy: the next step donates the state.
             scale = 1.0 * dho2_jax.metrics(state)["base_scaling"]
-        return optax.apply_updates(params, updates), state, scale
+        return params, state, scale
 
     def refresh(state, params, batch):
-        return dho2_jax.refresh(state, params, who.curvature_loss(workload, batch))
+        return who.refresh(workload, params, state, batch)
 
     init = jax.jit(lambda params: contender.make(1.0, 1.0).init(params))
 
@@ -97,7 +88,6 @@ def run(
     seed: int,
     rate: float | Sequence[float],
     cosine: bool = False,
-    stop_below: float = -math.inf,
 ) -> Run:
     """Trains once.
 
@@ -110,7 +100,6 @@ def run(
       seed: Of the initial parameters and the batches.
       rate: Of all steps, or of each.
       cosine: Whether it falls to zero over the workload's steps.
-      stop_below: Ends the run at the first validation loss at or below it.
 
     Returns:
       The run.
@@ -124,7 +113,7 @@ def run(
         found.steps.append(done)
         found.seconds.append(seconds)
         found.losses.append(loss)
-        if done >= steps or not math.isfinite(loss) or loss <= stop_below:
+        if done >= steps or not math.isfinite(loss):
             break
         coming = range(done, min(done + workload.eval_every, steps))
         batches = [programs.draw(np.uint32(seed), np.int32(i)) for i in coming]

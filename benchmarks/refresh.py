@@ -33,6 +33,7 @@ import workloads
 from jax.flatten_util import ravel_pytree
 
 import dho2_jax
+from dho2_jax._linalg import tridiagonal
 
 RATES = {"autoencoder": 2e-3, "digits": 1.6e-2, "transformer": 4e-3}
 SEED, AGO, NOW = 200, 200, 300
@@ -48,19 +49,14 @@ def quality(workload: workloads.Workload) -> None:
     others = _others(workload)
 
     def product(examples: Any, at: jax.Array) -> MatVec:
-        loss = lambda x: task.loss_fn(unravel(x), examples)  # noqa: E731
-        return lambda v: jax.jvp(jax.grad(loss), (at,), (v,))[1]
+        return dho2_jax.hvp(lambda x: task.loss_fn(unravel(x), examples), at)
 
-    def lanczos(matvec: MatVec, m: int, keep: int = k) -> jax.Array:
+    def lanczos(matvec: MatVec, m: int) -> jax.Array:
         """The library's recursion, from a random vector in the operator's range."""
         start = matvec(jax.random.normal(jax.random.key(1), params.shape))
         found = dho2_jax.lanczos_tridiag(matvec, start, m)
-        t = (
-            jnp.diag(found.alphas)
-            + jnp.diag(found.betas, 1)
-            + jnp.diag(found.betas, -1)
-        )
-        return jnp.linalg.eigh(t)[1][:, -keep:].T @ found.basis
+        small = tridiagonal(found.alphas, found.betas)
+        return jnp.linalg.eigh(small)[1][:, -k:].T @ found.basis
 
     def power(matvec: MatVec, rows: jax.Array) -> jax.Array:
         """One step of subspace iteration: k products."""
@@ -71,9 +67,8 @@ def quality(workload: workloads.Workload) -> None:
         images = jax.lax.map(matvec, rows)
         basis = jnp.linalg.qr(jnp.concatenate([rows, images]).T)[0].T
         small = basis @ jax.lax.map(matvec, basis[k:]).T
-        first = (
-            basis @ images.T
-        )  # H V, of which the first rows of `basis` are a rotation
+        # H V in the basis, whose first rows are a rotation of V.
+        first = basis @ images.T
         rotation = basis[:k] @ rows.T
         small = jnp.concatenate([first @ rotation.T, small], axis=1)
         return jnp.linalg.eigh((small + small.T) / 2)[1][:, -k:].T @ basis
@@ -187,8 +182,7 @@ def _left(product: Any, examples: Any, at: jax.Array, rows: jax.Array) -> float:
         return dho2_jax.lanczos_tridiag(lambda v: apart(matvec(apart(v))), start, 40)
 
     found = run(examples, at, rows)
-    t = np.diag(found.alphas) + np.diag(found.betas, 1) + np.diag(found.betas, -1)
-    return float(np.linalg.eigvalsh(t)[-1])
+    return float(np.linalg.eigvalsh(tridiagonal(found.alphas, found.betas))[-1])
 
 
 def training(workload: workloads.Workload) -> None:

@@ -8,11 +8,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import contenders as who
+import race
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from workloads import RESULTS
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-BASES = ("heavy ball", "Adam", "Muon")
+BASES = tuple(who.BASES)
 COLOURS = {  # Okabe and Ito's
     "heavy ball": "#0072B2",
     "Adam": "#D55E00",
@@ -193,9 +195,5 @@ def _last(record: dict[str, Any]) -> float:
 
 
 def _reach(record: dict[str, Any], target: float) -> tuple[float, float]:
-    for step, seconds, loss in zip(
-        record["steps"], record["seconds"], record["losses"], strict=True
-    ):
-        if loss <= target:
-            return step, seconds
-    return math.inf, math.inf
+    run = race.Run(record["steps"], record["seconds"], record["losses"], [])
+    return race.reached(run, target)

@@ -26,16 +26,15 @@ import fleet
 import jax
 import numpy as np
 import workloads
-from contenders import Contender
+from contenders import BASES, Contender, contenders
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "sweeps"
+SWEEPS = workloads.RESULTS / "sweeps"
 TUNING_SEEDS = (100, 101)
 FACTORS = {  # of the batch; digits are too few for more
     "autoencoder": (4, 16),
     "digits": (4,),
     "transformer": (4, 16),
 }
-LARGER = ("heavy ball", "Adam", "Muon")
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -74,7 +73,7 @@ def starts(options: argparse.Namespace) -> None:
 
 def _chosen(workload: workloads.Workload, options: argparse.Namespace):
     """Yields the contenders that were asked for and have something to tune."""
-    for name, one in fleet.all_of(workload).items():
+    for name, one in contenders(workload).items():
         if one.rates and (not options.contenders or name in options.contenders):
             yield one
 
@@ -82,7 +81,7 @@ def _chosen(workload: workloads.Workload, options: argparse.Namespace):
 def path_of(kind: str, workload: str, contender: str) -> pathlib.Path:
     """Returns where a sweep is kept."""
     words = re.sub(r"[^a-z0-9]+", "-", f"{workload} {contender}".lower()).strip("-")
-    return RESULTS / kind / f"{words}.json"
+    return SWEEPS / kind / f"{words}.json"
 
 
 def _sail(
@@ -149,7 +148,7 @@ def main() -> None:
     options.contenders = [x for x in options.contenders.split(";") if x]
     if options.kind == "batches" and not options.contenders:
         options.contenders = [
-            one for base in LARGER for one in (base, f"DHO² on {base}")
+            one for base in BASES for one in (base, f"DHO² on {base}")
         ]
     {"tune": tune, "starts": starts, "batches": batches}[options.kind](options)
 

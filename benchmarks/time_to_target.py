@@ -38,9 +38,8 @@ import numpy as np
 import race
 import sweeps
 import workloads
-from workloads import Workload
+from workloads import RESULTS, Workload
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 SEEDS = (0, 1, 2)
 TWICE = ("Muon", "Kron", "DHO² on Muon", "DHO² on Muon, fixed")
 KFAC: dict[str, dict[str, Any]] = {  # damping: best of three tried on another seed
@@ -69,7 +68,7 @@ class Entry(NamedTuple):
 
 def entries(workload: Workload) -> list[Entry]:
     """Returns the rows of a workload, from the sweeps."""
-    found = fleet.all_of(workload)
+    found = who.contenders(workload)
     rows: list[Entry] = []
     goal = _best(workload, "Adam", math.nan)[1]
     for name, one in found.items():
@@ -89,7 +88,7 @@ def entries(workload: Workload) -> list[Entry]:
         chosen = dict.fromkeys(_best(workload, name, x)[0] for x in goals)
         chosen.pop((one.default, False), None)  # is there as "untuned"
         for rate, cosine in chosen:
-            label = f"{name}, {rate:g} {who.is_constant(cosine)}"
+            label = f"{name}, {rate:g} {who.schedule_name(cosine)}"
             rows.append(Entry(label, name, rate, cosine))
     for base in ("heavy ball", "Adam"):
         start, source = who.STARTS[base], f"DHO² on {base}, untuned"
@@ -130,7 +129,7 @@ def run_race(options: argparse.Namespace) -> None:
         rows, compiled = entries(workload), {}
         for row in rows:
             if row.contender not in compiled:
-                one = fleet.all_of(workload)[row.contender]
+                one = who.contenders(workload)[row.contender]
                 compiled[row.contender] = race.compile_for(workload, one)
                 seconds = compiled[row.contender].compile_seconds
                 print(

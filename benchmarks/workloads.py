@@ -5,6 +5,7 @@ A batch is a function of (seed, step) that runs on the device, so that no optimi
 waits for data and many runs fit into one program.
 """
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ import numpy as np
 from dho2_jax.app import data, images
 from dho2_jax.app.task import Task
 from dho2_jax.app.tasks import TASKS
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+"""Where all that was measured is kept."""
 
 
 class Workload(NamedTuple):
@@ -96,9 +100,3 @@ def build(name: str, factor: float = 1, *, steps: int | None = None) -> Workload
     made = TASKS[task](1)  # of its own dataset only the validation batch is used
     steps = steps or usual
     return Workload(label, made, sample(batch), batch, part, steps, every, k)
-
-
-def size_of(workload: Workload) -> int:
-    """Returns the number of parameters."""
-    shapes = jax.tree.leaves(jax.eval_shape(workload.task.init, 0))
-    return sum(int(np.prod(x.shape)) for x in shapes)

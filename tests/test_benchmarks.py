@@ -20,12 +20,13 @@ def importable():
 
 @pytest.mark.parametrize("name", ["Adam", "DHO² on heavy ball"])
 def test_a_fleet_and_a_race_train_alike(name):
+    import contenders
     import fleet
     import race
     import workloads
 
     workload = workloads.build("digits", steps=24)
-    contender = fleet.all_of(workload)[name]
+    contender = contenders.contenders(workload)[name]
     settings = [fleet.Setting(3, 1e-2), fleet.Setting(4, 3e-3, cosine=True)]
     found = fleet.sail(workload, contender, settings)
     programs = race.compile_for(workload, contender)
@@ -49,11 +50,11 @@ def test_a_fleet_and_a_race_train_alike(name):
 
 
 def test_every_contender_can_be_built_and_tuned():
-    import fleet
+    import contenders
     import workloads
 
     for name in workloads.SMALL:
-        for one in fleet.all_of(workloads.build(name)).values():
+        for one in contenders.contenders(workloads.build(name)).values():
             assert len(one.rates) in (0, 5)
             if one.name != "Kron":  # of a package that only the benchmark needs
                 assert hasattr(one.make(1e-3, 1.0), "update")
