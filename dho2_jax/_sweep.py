@@ -59,7 +59,7 @@ def turn(state: CurvatureState) -> Array:
         due &= (rate.steps > 0) & jnp.any(is_active(state))
         # What this step puts to use would change the vector.
         due &= sweep.lanczos.index != m
-        # As a refresh before this step has: the last step was off the old subspace.
+        # As a refresh before this step has: it takes the last step off the new one.
         due &= state.counters.attempted_at != state.count
         kind = jnp.where(due, PROBE, kind)
     return jnp.where(state.enabled, kind, NOTHING)
