@@ -16,6 +16,7 @@ from dho2_jax import _linalg as linalg
 from dho2_jax._types import Array, Inner, MatVec, PyTree, Rows
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
+_LEAST_NEW = 0.1  # share of a row that is new, over what symmetry says is not there
 
 
 class LanczosState(NamedTuple):
@@ -68,30 +69,42 @@ def step(
 ) -> LanczosState:
     """Takes in the product H v_j and appends the next row.
 
-    Two passes of classical Gram-Schmidt against all rows ("twice is enough"), whose
-    coefficients are also the measured column of V H V^T. When what is left is rounding,
-    the next row is zero: then all later products and coefficients are zero too, and the
-    recursion has ended without a branch.
+    What is left of it by the recurrence of three terms goes through one pass of
+    classical Gram-Schmidt against all rows. In exact arithmetic the recurrence is a
+    first pass, so that this is the second ("twice is enough"). What the two take off is
+    the measured column of V H V^T.
 
-    The norm comes with the second coefficients: a product is reduced to m numbers and
-    then to m + 1.
+    The norm comes with the coefficients: a product is reduced to one number and then to
+    m + 1.
     """
-    basis, _, projected, betas, j = state
+    basis, vector, projected, betas, j = state
     product = linalg.as_float32(product)
 
-    first = inner(basis, product)
-    left = linalg.add_scaled(product, -1.0, linalg.combine(first, basis))
-    second, square = inner(basis, left), linalg.vdot(left, left, inner)
-    left = linalg.add_scaled(left, -1.0, linalg.combine(second, basis))
-    # Pythagoras, twice. Where the difference cancels, all of `left` is rounding and the
-    # recursion ends.
-    before = jnp.sqrt(jnp.sum(first**2) + square)
-    beta = jnp.sqrt(jnp.maximum(square - jnp.sum(second**2), 0.0))
+    # At j = -1 nothing is in the basis yet.
+    alpha = jnp.where(j < 0, 0.0, linalg.vdot(vector, product, inner))
+    last = jnp.where(j < 1, 0.0, betas[j - 1])
+
+    def recurrence(w: Array, v: Array, rows: Array) -> Array:
+        before = jax.lax.dynamic_index_in_dim(
+            rows, jnp.maximum(j - 1, 0), keepdims=False
+        )
+        return w - alpha * v - last * before
+
+    left = jax.tree.map(recurrence, product, vector, basis)
+    rest, square = inner(basis, left), linalg.vdot(left, left, inner)
+    left = linalg.add_scaled(left, -1.0, linalg.combine(rest, basis))
+    # Pythagoras, twice. Where the second difference cancels, all of `left` is rounding
+    # and the recursion ends.
+    before = jnp.sqrt(alpha**2 + last**2 + square)
+    beta = jnp.sqrt(jnp.maximum(square - jnp.sum(rest**2), 0.0))
 
     # Rounding relative to this product, or far below the operator's own scale; the
     # second alone would end the recursion on spectra that merely decay fast.
     scale = jnp.maximum(jnp.max(jnp.abs(projected)), before)
     ended = (beta <= 4 * _EPS * before) | (beta <= 0.01 * _EPS * scale)
+    # `rest` is zero but for rounding. A row of which most was rounding would not be
+    # orthogonal to those before it, and the next product would amplify that.
+    ended |= beta <= _LEAST_NEW * jnp.sqrt(jnp.sum(rest**2))
     beta = jnp.where(ended, 0.0, beta)
     inverse = jnp.where(ended, 0.0, 1 / jnp.where(ended, 1.0, beta))
 
@@ -105,8 +118,8 @@ def step(
         new = jnp.where(j + 1 < m, w, old)
         return jax.lax.dynamic_update_index_in_dim(b, new, row, 0)
 
-    # At j = -1 nothing is in the basis, and column -1, the last, is overwritten later.
-    column = jnp.append(first + second, 0.0)
+    # Column -1, the last, is overwritten later.
+    column = jnp.append(rest, 0.0).at[j].add(alpha).at[j - 1].add(last)
     projected = jax.lax.dynamic_update_index_in_dim(projected, column, j, 1)
     coupling = jnp.where(j < 0, 0.0, beta)
     projected = projected.at[j + 1, j].set(coupling)
@@ -170,7 +183,7 @@ def lanczos_tridiag(
 
     Computes $A V^\top = V^\top T + r e_m^\top$ with orthonormal rows in $V$ (Algorithm
     1 of FOSI, arXiv 2302.08484). Costs `num_matvecs` products, `num_matvecs + 1` rows
-    of memory and four passes over the rows a step.
+    of memory and two passes over the rows a step.
 
     Args:
       matvec: Symmetric linear map from pytrees like `v0` to pytrees like `v0`. Traced
@@ -189,7 +202,8 @@ def lanczos_tridiag(
       ValueError: If `num_matvecs` < 1, `v0` is empty or not real floating point, or
         `matvec` returns another structure or other shapes.
 
-    Numerics: float32, full reorthogonalisation in two passes of classical Gram-Schmidt.
+    Numerics: float32, full reorthogonalisation: the recurrence of three terms, then one
+    pass of classical Gram-Schmidt.
     Deviates from FOSI: it reorthogonalises in float64.
     """
     is_integer = hasattr(num_matvecs, "__index__")
