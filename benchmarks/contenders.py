@@ -63,6 +63,19 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "Muon": (1e-2, 2e-2, 3e-2, 4e-2, 6e-2),
         "Kron": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     },
+    # Not swept: around what is usual for these networks.
+    "resnet": {
+        "heavy ball": (0.01, 0.03, 0.1, 0.2, 0.4),
+        "Adam": (1e-4, 3e-4, 1e-3, 2e-3, 4e-3),
+        "Muon": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+        "Kron": (3e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    },
+    "gpt2": {
+        "heavy ball": (0.01, 0.03, 0.1, 0.2, 0.4),
+        "Adam": (1e-4, 3e-4, 6e-4, 1e-3, 2e-3),
+        "Muon": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+        "Kron": (1e-4, 3e-4, 6e-4, 1e-3, 2e-3),
+    },
 }
 
 

@@ -2,12 +2,14 @@
 """What DHO² costs: a step, a probe, a refresh; against the bytes that must be read.
 
     python benchmarks/cost.py parts  [--workloads a,b]
-    python benchmarks/cost.py update [--sizes 0.1,1,10,100] [--ranks 16]
+    python benchmarks/cost.py update [--sizes 0.1,1,10,100] [--ranks 16] [--devices 1]
 
 `parts` times a training step of the base and of DHO² on it, with and without the rate's
 probe, a refresh and a gradient, in turns, and prints what a period comes to. `update`
 times `update` alone at sizes in millions of parameters, against a plain pass over
-the bytes that it must read: V three times, or twice under a linear base.
+the bytes that it must read: V three times, or twice under a linear base. With several
+devices (`JAX_NUM_CPU_DEVICES=8` in the environment makes as many of a CPU, which share
+its cores) V lies in slices over a mesh of them.
 
 All are medians over rounds in turns, compilation apart, on whatever device there is.
 On Linux `MALLOC_TOP_PAD_=1000000000 MALLOC_MMAP_THRESHOLD_=4000000000
@@ -27,63 +29,85 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import workloads
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import dho2_jax
+
+DEFAULTS = 16, 200  # k and T where nothing is said
 
 
 def parts(options: argparse.Namespace) -> None:
     """Prints the parts of a step on each workload and base."""
     print(
-        "| workload, base | gradient | base step | DHO² step | with a probe | refresh "
-        "| refresh in gradients | refresh and probes, of a base step | in all |\n"
-        + "|---" * 9
-        + "|"
+        "| workload, base | k, T | gradient | base step | DHO² step | with a probe "
+        "| refresh | refresh in gradients | refresh and probes, of a base step "
+        "| in all |\n" + "|---" * 10 + "|"
     )
     for name in options.workloads:
         workload = workloads.build(name)
         for base in who.BASES:
-            print(_parts(workload, base), flush=True)
+            # As raced, and as the library has it where nothing is said.
+            for k, period in ((workload.num_largest, who.PERIOD), DEFAULTS):
+                print(_parts(workload, base, k, period), flush=True)
 
 
-def _parts(workload: workloads.Workload, base: str) -> str:
-    task, found = workload.task, who.contenders(workload)
-    params = task.init(0)
+def _parts(workload: workloads.Workload, base: str, k: int, period: int) -> str:
+    task, params = workload.task, workload.task.init(0)
+    rates = {base: (1e-4,)}
+    ours = who.hybrid("", base, rates, num_largest=k, linear_base=base == "heavy ball")
+    alone = who.Contender("", who.with_extras(who.BASES[base]), (1e-4,))
     batch = jax.jit(workload.batch)(np.uint32(0), np.int32(0))
     rate = jnp.float32(1e-4)
 
-    # All of them take the batch as an argument: XLA would fold a constant.
-    def trainer(name: str):
-        one = found[name]
-        step = functools.partial(who.step, workload, one, rate, 1.0)
-        return jax.jit(step), jax.jit(one.make(rate, 1.0).init)(params)
-
-    alone, base_state = trainer(base)
-    ours, state = trainer(f"DHO² on {base}")
-    refresh = jax.jit(functools.partial(who.refresh, workload))
-    gradient = jax.jit(jax.grad(task.loss_fn))
-    state = refresh(params, state, batch)
-
-    def at(count: int):
+    def at(state: Any, count: int):
         """The state `count` steps after its first: the rule probes at tens."""
         steps, curvature = jnp.int32(count), state.curvature
         rule = curvature.rate._replace(steps=steps, probed=steps - 5)
         return state._replace(curvature=curvature._replace(rate=rule, count=steps))
 
-    between, probing = at(101), at(110)
+    # All of them take the batch as an argument, which XLA would fold as a constant,
+    # and give their parameters and states away, as a training loop does.
+    held = {}
+
+    def trainer(name: str, one: who.Contender, count: int | None = None):
+        def step(params, state, batch):
+            state = state if count is None else at(state, count)
+            return who.step(workload, one, rate, 1.0, params, state, batch)
+
+        def advance():
+            held[name] = program(*held[name], batch)
+            return held[name]
+
+        program = jax.jit(step, donate_argnums=(0, 1))
+        copy = jax.tree.map(jnp.array, params)
+        state = jax.jit(one.make(rate, 1.0).init)(copy)
+        if count is not None:
+            state = refresh(copy, state, batch)
+        held[name] = copy, state
+        return advance
+
+    def refreshed():
+        point, state = held["step"]
+        held["step"] = point, refresh(point, state, batch)
+        return held["step"]
+
+    refresh = jax.jit(functools.partial(who.refresh, workload), donate_argnums=1)
+    gradient = jax.jit(jax.grad(task.loss_fn))
     times = in_turns(
         {
             "gradient": lambda: gradient(params, batch),
-            "base": lambda: alone(params, base_state, batch),
-            "step": lambda: ours(params, between, batch),
-            "probe": lambda: ours(params, probing, batch),
-            "refresh": lambda: refresh(params, state, batch),
+            "base": trainer("base", alone),
+            "step": trainer("step", ours, 101),
+            "probe": trainer("probe", ours, 110),
+            "refresh": refreshed,
         },
         rounds=25,
     )
     probe = times["probe"] - times["step"]
-    curvature = probe / 10 + times["refresh"] / who.PERIOD
+    curvature = probe / 10 + times["refresh"] / period
     whole = times["step"] - times["base"] + curvature
-    cells = [f"{workload.name}, {base}"]
+    cells = [f"{workload.name}, {base}", f"{k}, {period}"]
     cells += [f"{times[x]:.2f} ms" for x in times]
     cells += [
         f"{times['refresh'] / times['gradient']:.1f}",
@@ -96,21 +120,26 @@ def _parts(workload: workloads.Workload, base: str) -> str:
 def update(options: argparse.Namespace) -> None:
     """Prints the time of `update` at each size."""
     print(
-        "| parameters, k | base | its update | DHO²'s update | plain pass over V "
-        "| reads needed | DHO²'s over those |\n" + "|---" * 7 + "|"
+        "| parameters, k, devices | base | its update | DHO²'s update | V a device "
+        "| plain pass over V | reads needed | DHO²'s over those |\n" + "|---" * 8 + "|"
     )
     for size in options.sizes:
         for rank in options.ranks:
-            for base in ("heavy ball", "Adam"):
-                print(_update(size, rank, base), flush=True)
+            for number in options.devices:
+                for base in ("heavy ball", "Adam"):
+                    print(_update(size, rank, number, base), flush=True)
 
 
-def _update(millions: float, rank: int, base: str) -> str:
+def _update(millions: float, rank: int, devices: int, base: str) -> str:
     edge = max(256, int(np.sqrt(millions * 1e6 / 8)) // 256 * 256)
     number = max(1, round(millions * 1e6 / edge**2))
     shapes = {f"w{i}": (edge, edge) for i in range(number)}
     shapes |= {f"b{i}": (edge,) for i in range(number)}
-    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    params = jax.device_put(
+        {name: jnp.zeros(shape) for name, shape in shapes.items()},
+        NamedSharding(mesh, P()),
+    )
     total = sum(int(np.prod(shape)) for shape in shapes.values())
     grads = jax.jit(lambda: jax.tree.map(lambda x: jnp.cos(x + 1), params))()
     tx = dho2_jax.dho2(
@@ -118,6 +147,7 @@ def _update(millions: float, rank: int, base: str) -> str:
         num_largest=rank,
         refresh="external",
         linear_base=base == "heavy ball",
+        mesh=mesh if devices > 1 else None,
     )
     alone = who.BASES[base](1e-3, 1.0)
 
@@ -155,11 +185,14 @@ def _update(millions: float, rank: int, base: str) -> str:
         rounds=15,
     )
     reads = 2 if base == "heavy ball" else 3
+    rows = jax.tree.leaves(held["hybrid"].curvature.subspace.eigenvectors)
+    share = sum(x.addressable_shards[0].data.nbytes for x in rows)
     cells = (
-        f"{total / 1e6:.2f}M, {rank}",
+        f"{total / 1e6:.2f}M, {rank}, {devices}",
         base,
         f"{times['base']:.2f} ms",
         f"{times['update']:.2f} ms",
+        f"{share / 1e6:.1f} MB",
         f"{times['pass']:.2f} ms",
         f"{reads}",
         f"{times['update'] / (reads * times['pass']):.2f}",
@@ -190,10 +223,12 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(workloads.SMALL))
     parser.add_argument("--sizes", default="0.1,1,10")
     parser.add_argument("--ranks", default="16")
+    parser.add_argument("--devices", default="1")
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
     options.sizes = [float(x) for x in options.sizes.split(",")]
     options.ranks = [int(x) for x in options.ranks.split(",")]
+    options.devices = [int(x) for x in options.devices.split(",")]
     {"parts": parts, "update": update}[options.command](options)
 
 

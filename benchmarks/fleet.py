@@ -35,19 +35,13 @@ class Fleet(NamedTuple):
 
 
 def sail(
-    workload: Workload, contender: Contender, settings: Sequence[Setting]
+    workload: Workload,
+    contender: Contender,
+    settings: Sequence[Setting],
+    at_once: int | None = None,
 ) -> Fleet:
-    """Runs all settings for the workload's steps."""
+    """Runs all settings for the workload's steps; `at_once` of them in one go."""
     task, every = workload.task, workload.eval_every
-    seeds = sorted({one.seed for one in settings})
-    starts = jax.tree.map(lambda *x: jnp.stack(x), *map(task.init, seeds))
-    lanes = jnp.array([seeds.index(one.seed) for one in settings])
-    params = jax.tree.map(lambda x: x[lanes], starts)
-    arrays = (
-        jnp.array([one.seed for one in settings], jnp.uint32),
-        jnp.array([one.rate for one in settings], jnp.float32),
-        jnp.array([one.cosine for one in settings]),
-    )
     validation = jax.device_put(task.dataset.validation)
     hybrid = contender.refreshes is not None
 
@@ -93,9 +87,22 @@ def sail(
             cuts = jax.vmap(_cuts)(state)
         return jnp.concatenate([evaluate(params)[None], losses]).T, cuts
 
-    losses, cuts = jax.device_get(run(params, arrays))
+    found = []
+    for first in range(0, len(settings), at_once or len(settings)):
+        lanes = settings[first : first + (at_once or len(settings))]
+        starts = {one.seed: task.init(one.seed) for one in lanes}
+        params = jax.tree.map(
+            lambda *x: jnp.stack(x), *(starts[one.seed] for one in lanes)
+        )
+        arrays = (
+            jnp.array([one.seed for one in lanes], jnp.uint32),
+            jnp.array([one.rate for one in lanes], jnp.float32),
+            jnp.array([one.cosine for one in lanes]),
+        )
+        found.append(jax.device_get(run(params, arrays)))
+    losses, cuts = map(np.concatenate, zip(*found, strict=True))
     steps = np.arange(0, workload.steps + 1, every)
-    return Fleet(list(settings), steps, np.asarray(losses), np.asarray(cuts))
+    return Fleet(list(settings), steps, losses, cuts)
 
 
 def _cuts(state: Any) -> jax.Array:

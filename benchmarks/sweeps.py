@@ -34,6 +34,8 @@ FACTORS = {  # of the batch; digits are too few for more
     "autoencoder": (4, 16),
     "digits": (4,),
     "transformer": (4, 16),
+    "resnet": (4,),
+    "gpt2": (4,),
 }
 
 
@@ -95,7 +97,9 @@ def _sail(
         return
     began = time.perf_counter()
     with jax.default_matmul_precision("highest"):
-        found = fleet.sail(workload, contender, settings)
+        # Many large networks at once would not fit.
+        small = workload.name.split()[0] in workloads.SMALL
+        found = fleet.sail(workload, contender, settings, None if small else 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(

@@ -15,7 +15,8 @@ The protocol, fixed before the results:
 * All contenders run in turns, seed after seed, on one machine that does nothing else.
   The clock counts steps, refreshes and probes; compilation is reported apart.
 * K-FAC (kfac-jax) runs in an environment of its own, by `kfac_worker.py`, on the same
-  parameters and batches, in the same race, each `eval_every` steps of it evaluated too.
+  parameters and batches, in the same race, each `eval_every` steps of it evaluated too;
+  on the small workloads, whose networks it has been told.
 
 `race` writes `results/race-<workload>.json`, `report` prints the tables and draws
 `results/<workload>.png`.
@@ -157,7 +158,8 @@ def run_race(options: argparse.Namespace) -> None:
                     f"{done.steps[-1]} steps, {done.seconds[-1]:.2f} s",
                     flush=True,
                 )
-            if options.kfac and seed in KFAC_SEEDS.get(name, SEEDS):
+            with_kfac = options.kfac and name in KFAC
+            if with_kfac and seed in KFAC_SEEDS.get(name, SEEDS):
                 records += _kfac(workload, options.kfac, seed)
             text = json.dumps({"workload": name, "records": records})
             (RESULTS / f"race-{name}.json").write_text(text)

@@ -6,7 +6,8 @@ waits for data and many runs fit into one program.
 """
 
 import pathlib
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -69,34 +70,85 @@ def _digits(batch_size: int) -> Callable[[jax.Array], Any]:
     return draw
 
 
-def _characters(batch_size: int) -> Callable[[jax.Array], Any]:
+def _characters(batch_size: int, length: int = 64) -> Callable[[jax.Array], Any]:
     text, _ = data.source_texts(4_000_000)
-    text, window = jnp.asarray(text), jnp.arange(65)
+    text, window = jnp.asarray(text), jnp.arange(length + 1)
 
     def draw(key: jax.Array) -> jax.Array:
-        starts = jax.random.randint(key, (batch_size,), 0, len(text) - 64)
+        starts = jax.random.randint(key, (batch_size,), 0, len(text) - length)
         return text[starts[:, None] + window].astype(jnp.int32)
 
     return draw
 
 
-# Task, data, batch, curvature batch, steps, steps between evaluations, k.
-_SIZES: dict[str, tuple[str, Any, int, int, int, int, int]] = {
-    "autoencoder": ("patch_autoencoder", _patches, 1024, 128, 1000, 10, 24),
-    "digits": ("digits_mlp", _digits, 256, 64, 100, 2, 8),
-    "transformer": ("char_lm", _characters, 32, 8, 300, 5, 24),
+def _scenes(batch_size: int, edge: int = 64) -> Callable[[jax.Array], Any]:
+    """Draws as `images.scenes` does: a digit over a piece of a photograph."""
+    (pixels, labels), _ = images.digits_split(256)
+    pixels, labels = jnp.asarray(pixels.reshape(-1, 8, 8)), jnp.asarray(labels)
+    photographs = jnp.asarray(images.colours())
+    number, height, width, _ = photographs.shape
+    nearest = np.arange(edge) * 8 // edge
+
+    def paint(digit: jax.Array, which: Any, row: Any, column: Any) -> jax.Array:
+        at, size = (which, row, column, 0), (1, edge, edge, 3)
+        piece = jax.lax.dynamic_slice(photographs, at, size)[0]
+        return (piece + digit[nearest[:, None], nearest, None]) / 2
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ends = (len(labels), number, height - edge + 1, width - edge + 1)
+        chosen, *places = (
+            jax.random.randint(one, (batch_size,), 0, end)
+            for one, end in zip(jax.random.split(key, 4), ends, strict=True)
+        )
+        return jax.vmap(paint)(pixels[chosen], *places), labels[chosen]
+
+    return draw
+
+
+def _windows(batch_size: int) -> Callable[[jax.Array], Any]:
+    return _characters(batch_size, 1024)
+
+
+class _Size(NamedTuple):
+    task: str  # of the application
+    draw: Callable[[int], Callable[[jax.Array], Any]]  # batch size -> key -> batch
+    batch: int
+    part: int  # examples that measure curvature
+    steps: int
+    every: int  # steps between evaluations
+    k: int
+    least: int = 64  # curvature of fewer examples misleads more than it saves
+    options: Mapping[str, Any] = types.MappingProxyType({})  # of the task
+
+
+_SIZES = {
+    "autoencoder": _Size("patch_autoencoder", _patches, 1024, 128, 1000, 10, 24),
+    "digits": _Size("digits_mlp", _digits, 256, 64, 100, 2, 8),
+    "transformer": _Size("char_lm", _characters, 32, 8, 300, 5, 8, 8),
+    "resnet": _Size(
+        "resnet",
+        _scenes,
+        *(256, 64, 500, 10, 16),
+        options={"stage_sizes": (3, 4, 6, 3), "image_size": 64, "num_classes": 10},
+    ),
+    "gpt2": _Size("gpt2", _windows, 32, 8, 500, 25, 16, 8, {"num_validation": 16}),
 }
-SMALL = tuple(_SIZES)
-"""Workloads that need no download and no accelerator."""
+SMALL = ("autoencoder", "digits", "transformer")
+"""Workloads that need no accelerator. None needs a download."""
 
 
 def build(name: str, factor: float = 1, *, steps: int | None = None) -> Workload:
-    """Builds a workload, its batches `factor` times as large."""
-    task, sample, batch, part, usual, every, k = _SIZES[name]
-    batch, part = int(batch * factor), int(part * factor)
-    # Curvature of fewer examples than this misleads more than it saves.
-    part = min(batch, max(part, 8 if name == "transformer" else 64))
+    """Builds a workload, its batches `factor` times as large.
+
+    "resnet" is ResNet-50 on images of 64 pixels, "gpt2" GPT-2 124M on windows of 1024.
+    """
+    size = _SIZES[name]
+    batch, part = int(size.batch * factor), int(size.part * factor)
+    part = min(batch, max(part, size.least))
     label = name if factor == 1 else f"{name} x{factor:g}"
-    made = TASKS[task](1)  # of its own dataset only the validation batch is used
-    steps = steps or usual
-    return Workload(label, made, sample(batch), batch, part, steps, every, k)
+    # Of its own dataset only the validation batch is used.
+    task = TASKS[size.task](1, **size.options)
+    steps = steps or size.steps
+    return Workload(
+        label, task, size.draw(batch), batch, part, steps, size.every, size.k
+    )
