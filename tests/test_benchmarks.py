@@ -60,6 +60,45 @@ def test_every_contender_can_be_built_and_tuned():
                 assert hasattr(one.make(1e-3, 1.0), "update")
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet", 23_528_522), ("gpt2", 124_439_808)]
+)
+def test_workloads_for_accelerators_draw_what_their_networks_take(name, parameters):
+    import contenders
+    import jax
+    import workloads
+
+    workload = workloads.build(name, 1 / 16)
+    batch = jax.jit(workload.batch)(np.uint32(0), np.int32(3))
+    params = jax.eval_shape(workload.task.init, 0)
+    assert sum(x.size for x in jax.tree.leaves(params)) == parameters
+    for part in (batch, workload.part(batch), workload.task.dataset.validation):
+        loss = jax.eval_shape(workload.task.loss_fn, params, part)
+        assert loss.shape == ()
+    first, *labels = jax.tree.leaves(jax.device_get(batch))
+    assert first.shape[0] == workload.batch_size
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == len(first)
+    if labels:
+        assert 0 <= first.min() and first.max() <= 1 and first.std() > 0.1
+        assert 0 <= labels[0].min() and labels[0].max() <= 9
+    for one in contenders.contenders(workload).values():
+        assert len(one.rates) in (0, 5)
+
+
+def test_a_fleet_in_parts_is_the_same():
+    import contenders
+    import fleet
+    import workloads
+
+    workload = workloads.build("digits", steps=4)
+    contender = contenders.contenders(workload)["DHO² on Adam"]
+    settings = [fleet.Setting(seed, 1e-3) for seed in (3, 4, 5)]
+    whole = fleet.sail(workload, contender, settings)
+    parts = fleet.sail(workload, contender, settings, at_once=1)
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-4)
+    assert parts.settings == whole.settings and parts.cuts.shape == (3,)
+
+
 def test_the_report_reads_medians_and_targets(tmp_path):
     import report
 
