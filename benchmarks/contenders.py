@@ -103,7 +103,7 @@ def contenders(workload: Workload) -> dict[str, Contender]:
         Contender("L-BFGS", lambda rate, factor: optax.lbfgs(), (), needs_value=True)
     )
     for base in BASES:
-        options = {"num_largest": k, "linear_base": base == "heavy ball"}
+        options = {"num_largest": k}
         clip = 3.0 if base == "heavy ball" else 1.0
         found += [
             hybrid(f"DHO² on {base}", base, rates, **options),
@@ -140,6 +140,7 @@ def hybrid(
             refresh="external",
             newton_learning_rate=alpha,
             rate_schedule=1.0 if inside else factor,
+            linear_base=base == "heavy ball",
             **options,
         )
 

@@ -54,9 +54,8 @@ def parts(options: argparse.Namespace) -> None:
 
 def _parts(workload: workloads.Workload, base: str, k: int, period: int) -> str:
     task, params = workload.task, workload.task.init(0)
-    rates = {base: (1e-4,)}
-    ours = who.hybrid("", base, rates, num_largest=k, linear_base=base == "heavy ball")
-    alone = who.Contender("", who.with_extras(who.BASES[base]), (1e-4,))
+    alone = who.contenders(workload)[base]
+    ours = who.hybrid("", base, {base: alone.rates}, num_largest=k)
     batch = jax.jit(workload.batch)(np.uint32(0), np.int32(0))
     rate = jnp.float32(1e-4)
 

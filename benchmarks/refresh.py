@@ -196,7 +196,6 @@ def training(workload: workloads.Workload) -> None:
                 who.RATES[workload.name],
                 num_largest=k,
                 num_matvecs=m,
-                linear_base=base == "heavy ball",
             )
             seeds = [fleet.Setting(seed, who.STARTS[base]) for seed in (0, 1, 2)]
             final = fleet.sail(workload, one, seeds).losses[:, -1]

@@ -5,6 +5,7 @@ A batch is a function of (seed, step) that runs on the device, so that no optimi
 waits for data and many runs fit into one program.
 """
 
+import functools
 import pathlib
 import types
 from collections.abc import Callable, Mapping
@@ -105,10 +106,6 @@ def _scenes(batch_size: int, edge: int = 64) -> Callable[[jax.Array], Any]:
     return draw
 
 
-def _windows(batch_size: int) -> Callable[[jax.Array], Any]:
-    return _characters(batch_size, 1024)
-
-
 class _Size(NamedTuple):
     task: str  # of the application
     draw: Callable[[int], Callable[[jax.Array], Any]]  # batch size -> key -> batch
@@ -131,7 +128,12 @@ _SIZES = {
         *(256, 64, 500, 10, 16),
         options={"stage_sizes": (3, 4, 6, 3), "image_size": 64, "num_classes": 10},
     ),
-    "gpt2": _Size("gpt2", _windows, 32, 8, 500, 25, 16, 8, {"num_validation": 16}),
+    "gpt2": _Size(
+        "gpt2",
+        functools.partial(_characters, length=1024),
+        *(32, 8, 500, 25, 16, 8),
+        options={"num_validation": 16},
+    ),
 }
 SMALL = ("autoencoder", "digits", "transformer")
 """Workloads that need no accelerator. None needs a download."""

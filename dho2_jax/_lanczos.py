@@ -72,7 +72,9 @@ def step(
     What is left of it by the recurrence of three terms goes through one pass of
     classical Gram-Schmidt against all rows. In exact arithmetic the recurrence is a
     first pass, so that this is the second ("twice is enough"). What the two take off is
-    the measured column of V H V^T.
+    the measured column of V H V^T. When what is left is rounding, the next row is zero:
+    then all later products and coefficients are zero too, and the recursion has ended
+    without a branch.
 
     The norm comes with the coefficients: a product is reduced to one number and then to
     m + 1.
