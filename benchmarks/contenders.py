@@ -24,6 +24,8 @@ except ImportError:  # the others race without it
 
 Make = Callable[[Any, Any], Any]
 PERIOD, EARLY = 100, (20, 50)  # steps between refreshes, and the early ones
+SELDOM = 200, (20,)  # the same where no rate depends on the subspace
+MUON_RANK = 4  # k on Muon, whose own geometry more eigenvectors do not help
 
 
 class Contender(NamedTuple):
@@ -37,10 +39,25 @@ class Contender(NamedTuple):
     needs_value: bool = False  # a line search over the training loss
 
 
+def _matrices(params: Any) -> Any:
+    """Returns which leaves are matrices, for Muon; layers may be stacked."""
+    layers = {x.shape[0] for x in jax.tree.leaves(params) if x.ndim == 3}
+
+    def visit(x: Any) -> Any:
+        stacked_vectors = x.ndim == 2 and x.shape[0] in layers
+        if x.ndim not in (2, 3) or stacked_vectors:
+            return None
+        return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+
+    return jax.tree.map(visit, params)
+
+
 BASES: dict[str, Make] = {
     "heavy ball": lambda rate, factor: optax.sgd(rate * factor, momentum=0.9),
     "Adam": lambda rate, factor: optax.adam(rate * factor),
-    "Muon": lambda rate, factor: optax.contrib.muon(rate * factor, beta=0.95),
+    "Muon": lambda rate, factor: optax.contrib.muon(
+        rate * factor, beta=0.95, muon_weight_dimension_numbers=_matrices
+    ),
 }
 STARTS = {"heavy ball": 1e-2, "Adam": 1e-3, "Muon": 1e-2}
 # Five rates around the best of each base on each workload.
@@ -84,6 +101,11 @@ def due(step: Any) -> Any:
     return is_due(step, PERIOD, EARLY)
 
 
+def seldom_due(step: Any) -> Any:
+    """Returns the same beside a rate that is fixed."""
+    return is_due(step, *SELDOM)
+
+
 def fosi_due(step: Any) -> Any:
     """Returns the same by FOSI's schedule: the first one after a whole period."""
     return is_due(step + 1, PERIOD, ())
@@ -93,7 +115,6 @@ def fosi_due(step: Any) -> Any:
 def contenders(workload: Workload) -> dict[str, Contender]:
     """Returns all contenders on a workload, by name."""
     rates = RATES[workload.name.split()[0]]
-    k = workload.num_largest
     found = [
         Contender(base, with_extras(make), rates[base]) for base, make in BASES.items()
     ]
@@ -103,6 +124,7 @@ def contenders(workload: Workload) -> dict[str, Contender]:
         Contender("L-BFGS", lambda rate, factor: optax.lbfgs(), (), needs_value=True)
     )
     for base in BASES:
+        k = MUON_RANK if base == "Muon" else workload.num_largest
         options = {"num_largest": k}
         clip = 3.0 if base == "heavy ball" else 1.0
         found += [
@@ -145,7 +167,7 @@ def hybrid(
         )
 
     default = None if inside else STARTS[base]
-    return Contender(name, make, rates[base], default, due)
+    return Contender(name, make, rates[base], default, seldom_due if inside else due)
 
 
 def with_extras(make: Make) -> Make:

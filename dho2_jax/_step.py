@@ -223,9 +223,10 @@ def _move_and_project(
     The second is what the next step's probe will be of: known here, it need not be
     taken off V there, where a product has to know its vector beforehand.
     """
-    both = linalg.rotate(inside, rows)
+    both = linalg.rotate(linalg.together(inside), rows)
     first, second = (jax.tree.map(lambda v, i=i: v[i], both) for i in (0, 1))
-    return _moved(steps, first, scale, schedule), linalg.add_scaled(steps, -1.0, second)
+    moved = _moved(steps, first, scale, schedule)
+    return linalg.together((moved, linalg.add_scaled(steps, -1.0, second)))
 
 
 def _set_rate(

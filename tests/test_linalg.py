@@ -47,13 +47,19 @@ def test_contractions(dtype):
     assert all(v.dtype == dtype for v in jax.tree.leaves(cast))
 
 
-def test_several_vectors_at_once_and_the_way_of_a_gpu():
-    rows, x, y = tree(2, (4,)), tree(0), tree(1)
+@pytest.mark.parametrize("count", [4, 40])  # in one kernel of a GPU, and in several
+def test_several_vectors_at_once_and_the_way_of_a_gpu(count):
+    rows, x, y = tree(2, (count,)), tree(0), tree(1)
     expected = np.stack([flat_rows(rows) @ flat(v) for v in (x, y)])
     close = dict(rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(linalg.inner(rows, x, y), expected, **close)
     parts = jax.tree.map(linalg._sums_of_products, rows, x, y)
     np.testing.assert_allclose(sum(jax.tree.leaves(parts)), expected, **close)
+    c = jnp.asarray(np.random.default_rng(4).standard_normal((2, count)), jnp.float32)
+    both = jax.tree.map(lambda r: linalg._scaled_sums(c, r), rows)
+    np.testing.assert_allclose(flat_rows(both), c @ flat_rows(rows), **close)
+    one = jax.tree.map(lambda r: linalg._scaled_sums(c[0], r), rows)
+    np.testing.assert_allclose(flat(one), c[0] @ flat_rows(rows), **close)
 
 
 def precisions(function, *args):
