@@ -62,6 +62,22 @@ def test_several_vectors_at_once_and_the_way_of_a_gpu(count):
     np.testing.assert_allclose(flat(one), c[0] @ flat_rows(rows), **close)
 
 
+def test_a_gpu_reads_the_rows_once_for_all_inner_products():
+    rows, x = {"w": jnp.ones((16, 8, 8))}, {"w": jnp.ones((8, 8))}
+
+    def text(function, *args):
+        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+        return lowered.as_text()
+
+    products = text(linalg.inner, rows, x, x)
+    assert products.count("stablehlo.reduce(") == 1
+    combinations = text(linalg.rotate, jnp.ones((2, 16)), rows)
+    for found in (products, combinations):
+        assert "dot_general" not in found
+    together = text(lambda r: linalg.together((r, r)), rows)
+    assert together.count("optimization_barrier") == 1
+
+
 def precisions(function, *args):
     """The precision of each dot in the lowered text of `function`."""
     text = jax.jit(function).lower(*args).as_text()
