@@ -148,10 +148,11 @@ def draw(name: str, rows: Sequence[Row], targets: dict[str, float]) -> None:
     axes.axhline(goal, color="0.6", linewidth=0.8)
     axes.annotate(
         "tuned Adam's final loss",
-        (0.995, goal),
+        (0.005, goal),
         xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
+        xytext=(0, -2),
+        textcoords="offset points",
+        va="top",
         color="0.4",
     )
     last = max(one["seconds"][-1] for one in _tuned(rows, "Adam").records)
