@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What DHO² costs: a step, a probe, a refresh; against the bytes that must be read.
 
-    python benchmarks/cost.py parts  [--workloads a,b]
+    python benchmarks/cost.py parts  [--workloads a,b] [--bases Adam,Muon]
     python benchmarks/cost.py update [--sizes 0.1,1,10,100] [--ranks 16] [--devices 1]
 
 `parts` times a training step of the base and of DHO² on it, with and without the rate's
