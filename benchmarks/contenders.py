@@ -111,6 +111,11 @@ def fosi_due(step: Any) -> Any:
     return is_due(step + 1, PERIOD, ())
 
 
+def rank_on(workload: Workload, base: str) -> int:
+    """Returns k of DHO² on a base."""
+    return MUON_RANK if base == "Muon" else workload.num_largest
+
+
 @functools.cache
 def contenders(workload: Workload) -> dict[str, Contender]:
     """Returns all contenders on a workload, by name."""
@@ -124,12 +129,11 @@ def contenders(workload: Workload) -> dict[str, Contender]:
         Contender("L-BFGS", lambda rate, factor: optax.lbfgs(), (), needs_value=True)
     )
     for base in BASES:
-        k = MUON_RANK if base == "Muon" else workload.num_largest
-        options = {"num_largest": k}
+        k = rank_on(workload, base)
         clip = 3.0 if base == "heavy ball" else 1.0
         found += [
-            hybrid(f"DHO² on {base}", base, rates, **options),
-            hybrid(f"DHO² on {base}, α = 0", base, rates, alpha=0.0, **options),
+            hybrid(f"DHO² on {base}", base, rates, num_largest=k),
+            hybrid(f"DHO² on {base}, α = 0", base, rates, alpha=0.0, num_largest=k),
             # A Newton part beside the base at its own rate and schedule.
             hybrid(
                 f"DHO² on {base}, fixed",
@@ -138,7 +142,7 @@ def contenders(workload: Workload) -> dict[str, Contender]:
                 alpha=0.3,
                 base_rate="fixed",
                 max_base_scaling=1.0,
-                **options,
+                num_largest=k,
             ),
             Contender(
                 f"FOSI on {base}",
