@@ -229,4 +229,4 @@ def refresh(workload: Workload, params, state, batch) -> Any:
 def curvature_loss(workload: Workload, batch: Any) -> Callable[[Any], jax.Array]:
     """Returns what a hybrid takes for `value_fn` in a step with this batch."""
     part = workload.part(batch)
-    return lambda params: workload.task.loss_fn(params, part)
+    return lambda params: workload.curvature_loss(params, part)

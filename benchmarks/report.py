@@ -12,7 +12,6 @@ import contenders as who
 import race
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from workloads import RESULTS
 
 BASES = tuple(who.BASES)
 COLOURS = {  # Okabe and Ito's
@@ -54,16 +53,16 @@ class Row(NamedTuple):
         )
 
 
-def report(names: Sequence[str]) -> None:
+def report(names: Sequence[str], folder: pathlib.Path) -> None:
     """Prints the tables of all workloads that were raced, and draws their pictures."""
     for name in names:
-        path = RESULTS / f"race-{name}.json"
+        path = folder / f"race-{name}.json"
         if not path.exists():
             continue
         rows = load(path)
         targets = {base: _tuned(rows, base).final() for base in BASES}
         print(f"\n### {name}\n\n{table(rows, targets)}\n\n{ratios(rows, targets)}")
-        draw(name, rows, targets)
+        draw(folder / f"{name}.png", rows, targets)
 
 
 def load(path: pathlib.Path) -> list[Row]:
@@ -123,7 +122,7 @@ def ratios(rows: Sequence[Row], targets: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def draw(name: str, rows: Sequence[Row], targets: dict[str, float]) -> None:
+def draw(path: pathlib.Path, rows: Sequence[Row], targets: dict[str, float]) -> None:
     """Draws validation losses against seconds: the median seed of each row."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -162,12 +161,12 @@ def draw(name: str, rows: Sequence[Row], targets: dict[str, float]) -> None:
         ylim=(0.85 * min(r.final() for r in shown), 6 * goal),
         xlabel="seconds, compilation apart",
         ylabel="validation loss",
-        title=f"{name}: tuned peers (dashed) and DHO², nothing tuned",
+        title=f"{path.stem}: tuned peers (dashed) and DHO², nothing tuned",
     )
     for choose in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         choose(ScalarFormatter())
     axes.legend(fontsize=8)
-    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def _tuned(rows: Sequence[Row], contender: str) -> Row:

@@ -4,6 +4,7 @@
     python benchmarks/sweeps.py tune    [--workloads a,b] [--contenders "A;B"]
     python benchmarks/sweeps.py starts  [...]
     python benchmarks/sweeps.py batches [...]
+    python benchmarks/sweeps.py report
 
 Each writes one JSON for a contender on a workload into `benchmarks/results/sweeps/`,
 and passes over those that are there. All runs of one are one program (`fleet.py`), so
@@ -14,6 +15,7 @@ same on both, to rounding.
 `starts`: a hundred and two runs of 300 steps, untuned, from seeds, batch sizes and
 initial rates over four decades, all drawn at random.
 `batches`: `tune` at 4 and 16 times the batch.
+`report`: the tables of those that were made.
 """
 
 import argparse
@@ -144,12 +146,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=("tune", "starts", "batches"))
+    parser.add_argument("kind", choices=("tune", "starts", "batches", "report"))
     parser.add_argument("--workloads", default=",".join(workloads.SMALL))
     parser.add_argument("--contenders", default="")
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
     options.contenders = [x for x in options.contenders.split(";") if x]
+    if options.kind == "report":
+        import sweep_report
+
+        return sweep_report.report(options.workloads)
     if options.kind == "batches" and not options.contenders:
         options.contenders = [
             one for base in BASES for one in (base, f"DHO² on {base}")

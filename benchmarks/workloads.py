@@ -34,6 +34,7 @@ class Workload(NamedTuple):
     steps: int  # after which tuned Adam's loss is the target
     eval_every: int  # steps between evaluations, which the clock does not see
     num_largest: int  # k of DHO², chosen on tuning seeds
+    curvature_loss: Callable[[Any, Any], jax.Array]  # params, examples -> their loss
 
     def batch(self, seed: Any, step: Any) -> Any:
         """Returns a training batch."""
@@ -151,6 +152,29 @@ def build(name: str, factor: float = 1, *, steps: int | None = None) -> Workload
     # Of its own dataset only the validation batch is used.
     task = TASKS[size.task](1, **size.options)
     steps = steps or size.steps
+    loss = task.loss_fn
+    if size.options.get("scan_layers"):
+        loss = one_by_one(TASKS[size.task], **size.options)
     return Workload(
-        label, task, size.draw(batch), batch, part, steps, size.every, size.k
+        label, task, size.draw(batch), batch, part, steps, size.every, size.k, loss
     )
+
+
+def one_by_one(
+    make: Callable[..., Task], **options: Any
+) -> Callable[[Any, Any], jax.Array]:
+    """Returns the loss of a task that was made with `remat` and `scan_layers`, cheaper.
+
+    It takes the same parameters. What a training batch has no memory for, the few
+    examples of a curvature product have: no layer is computed again in each product.
+    And XLA finds the two equal tangents of a probe, which it does not across a loop.
+    """
+    plain = make(1, **{**options, "remat": False, "scan_layers": False})
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        stacked = params["blocks"]
+        number = len(jax.tree.leaves(stacked)[0])
+        blocks = {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(number)}
+        return plain.loss_fn({**params, "blocks": blocks}, batch)
+
+    return loss_fn

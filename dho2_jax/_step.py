@@ -119,6 +119,10 @@ def join(
     config, space, layout = state.config, state.subspace, layout_of_state(state)
     rows, active = space.eigenvectors, parts.active
     last = None if state.rate is None else state.rate.direction
+    if parts.inside is None:
+        # Else a GPU stacks leaves of one shape within the one reduction that reads g, d
+        # and V: at 1e8 numbers on an H200 2.4 ms, against 1.7 and two stacks of 0.2.
+        parts, steps = linalg.together((parts, steps))
     seen = on_slices(layout, _measure, rows, parts, steps, last)
 
     if state.rate is None:

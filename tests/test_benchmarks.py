@@ -85,6 +85,31 @@ def test_workloads_for_accelerators_draw_what_their_networks_take(name, paramete
         assert len(one.rates) in (0, 5)
 
 
+def test_the_loss_for_curvature_is_the_training_loss():
+    import jax
+    import workloads
+
+    from dho2_jax.app.tasks import TASKS
+
+    options = {"length": 8, "width": 8, "num_layers": 3, "num_heads": 2}
+    options |= {"vocabulary_size": 128, "num_validation": 4, "remat": True}
+    make = TASKS["gpt2"]
+    task = make(1, **options, scan_layers=True)
+    loss_fn = workloads.one_by_one(make, **options, scan_layers=True)
+    params, batch = task.init(0), task.dataset.validation
+    # Initial values make the layers nearly the same.
+    params = jax.tree.map(
+        lambda x: x + 0.3 * np.random.default_rng(x.size).normal(size=x.shape), params
+    )
+    for fn in (lambda f: f, jax.grad):
+        ours, whole = fn(loss_fn)(params, batch), fn(task.loss_fn)(params, batch)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6),
+            ours,
+            whole,
+        )
+
+
 def test_a_fleet_in_parts_is_the_same():
     import contenders
     import fleet

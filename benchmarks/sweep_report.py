@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the sweeps that were made; called by `sweeps.py report`."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+
+import contenders as who
+import fleet
+import numpy as np
+import sweeps
+
+
+def report(names: Sequence[str]) -> None:
+    """Prints what tuning, larger batches and random starts came to."""
+    for title, head, rows in (
+        ("Tuning: steps to the base's tuned loss", TUNE, _tuned),
+        ("Larger batches: steps to the base's tuned loss", BATCHES, _batches),
+        ("Random starts", STARTS, _starts),
+    ):
+        print(f"\n### {title}\n\n{head}\n" + "|---" * (head.count("|") - 1) + "|")
+        for name in names:
+            for row in rows(name):
+                print("| " + " | ".join(row) + " |")
+
+
+TUNE = (
+    "| workload, base | tuned, ends at | DHO², untuned | DHO², tuned "
+    "| tuned's rate | untuned over tuned |"
+)
+
+
+def _tuned(name: str) -> Iterator[Sequence[str]]:
+    """Yields, for each base, how much tuning the hybrid's start would give."""
+    for base, start in who.STARTS.items():
+        alone = sweeps.load("tune", name, base)
+        ours = sweeps.load("tune", name, f"DHO² on {base}")
+        if alone is None or ours is None:
+            continue
+        goal, _ = _best(alone)
+        found = _steps(ours, goal)
+        nearest = min(found, key=lambda at: (at[1], abs(math.log(at[0] / start))))
+        soonest = min(found, key=lambda at: found[at])
+        steps, least = found[nearest], found[soonest]
+        yield (
+            f"{name}, {base}",
+            f"{goal:.4g}",
+            f"{_count(steps)} (from {nearest[0]:g})",
+            _count(least),
+            f"{soonest[0]:g} {who.schedule_name(soonest[1])}",
+            f"{steps / least:.2f}" if least < math.inf else "-",
+        )
+
+
+BATCHES = (
+    "| workload, base | tuned, ends at | its rate | after steps "
+    "| DHO², untuned, is there after | of the steps | ends at |"
+)
+
+
+def _batches(name: str) -> Iterator[Sequence[str]]:
+    """Yields a row for each factor of the batch and each base."""
+    for factor in sweeps.FACTORS.get(name, ()):
+        for base, start in who.STARTS.items():
+            label = f"{name} x{factor:g}"
+            alone = sweeps.load("batches", label, base)
+            ours = sweeps.load("batches", label, f"DHO² on {base}")
+            if alone is None:
+                continue
+            goal, (rate, cosine) = _best(alone)
+            own = min(_steps(alone, goal).values())
+            row = [f"{label}, {base}", f"{goal:.4g}"]
+            row += [f"{rate:g} {who.schedule_name(cosine)}", _count(own)]
+            if ours is not None:
+                found = _steps(ours, goal)
+                at = min(found, key=lambda at: (at[1], abs(math.log(at[0] / start))))
+                losses = [
+                    run[-1]
+                    for one, run in zip(ours.settings, ours.losses, strict=True)
+                    if (one.rate, one.cosine) == at
+                ]
+                row += [_count(found[at]), f"{found[at] / own:.2f}"]
+                row += [f"{statistics.mean(losses):.4g}"]
+            else:
+                row += ["not run"] * 3
+            yield row
+
+
+STARTS = (
+    "| workload, base | starts | not finite | ended above its start "
+    "| above twice the median | median [best, worst] by batch, small to large |"
+)
+
+
+def _starts(name: str) -> Iterator[Sequence[str]]:
+    """Yields a row for each base."""
+    for base in who.STARTS:
+        found = [
+            sweeps.load("starts", workload, f"DHO² on {base}")
+            for workload in (f"{name} x0.25", name, f"{name} x4")
+        ]
+        made = [one for one in found if one is not None]
+        if not made:
+            continue
+        ends = [one.losses[:, -1] for one in made]
+        finite = [x[np.isfinite(x)] for x in ends]
+        above = sum(
+            int(np.sum(x > one.losses[:, 0])) for x, one in zip(ends, made, strict=True)
+        )
+        yield (
+            f"{name}, {base}",
+            str(sum(map(len, ends))),
+            str(sum(map(len, ends)) - sum(map(len, finite))),
+            str(above),
+            str(sum(int(np.sum(x > 2 * np.median(x))) for x in finite)),
+            "; ".join(
+                "not run"
+                if one is None
+                else f"{np.median(one.losses[:, -1]):.4g} "
+                f"[{np.min(one.losses[:, -1]):.4g}, {np.max(one.losses[:, -1]):.4g}]"
+                for one in found
+            ),
+        )
+
+
+def _best(found: fleet.Fleet) -> tuple[float, tuple[float, bool]]:
+    """Returns the least final loss, a mean over seeds, and its setting."""
+    ends: dict[tuple[float, bool], list[float]] = {}
+    for one, losses in zip(found.settings, found.losses, strict=True):
+        last = losses[-1] if np.isfinite(losses[-1]) else math.inf
+        ends.setdefault((one.rate, one.cosine), []).append(float(last))
+    means = {at: statistics.mean(x) for at, x in ends.items()}
+    best = min(means, key=lambda at: means[at])
+    return means[best], best
+
+
+def _steps(found: fleet.Fleet, goal: float) -> dict[tuple[float, bool], float]:
+    """Returns, of each setting, the mean over seeds of its steps to a goal."""
+    steps: dict[tuple[float, bool], list[float]] = {}
+    for one, step in zip(found.settings, fleet.steps_to(found, goal), strict=True):
+        at = one.rate, one.cosine
+        steps.setdefault(at, []).append(math.inf if step is None else step)
+    return {at: statistics.mean(x) for at, x in steps.items()}
+
+
+def _count(steps: float) -> str:
+    return "never" if steps == math.inf else f"{steps:.0f}"
