@@ -168,7 +168,7 @@ def sweep_length(num_matvecs: int) -> int:
     """Returns how many steps after a sweep's start the next one may start.
 
     One goes to the start, m + 1 to the products and one to putting them to use; and
-    every tenth in between to a probe of the rate.
+    every tenth in between, or fewer, to a probe of the rate.
     """
     return num_matvecs + 3 + (num_matvecs + 9) // 9
 

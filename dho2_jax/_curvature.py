@@ -172,10 +172,12 @@ def build_matvec(curvature: str, value_fn, params: Params) -> MatVec:
 def directional_curvature(
     curvature: str, value_fn, params: Params, direction: PyTree
 ) -> Array:
-    """Returns d . H d, `()` float32, at about the cost of one gradient.
+    """Returns d . H d, `()` float32, at about the cost of two gradients.
 
     Where forward mode serves, the second derivative of the loss along the line is taken
-    without any reverse pass; elsewhere from one product.
+    without any reverse pass; elsewhere from one product. Of a network's matrix products
+    that takes five for each, against three in a gradient, if XLA sees that two tangents
+    are equal: through a softmax it does not (7.1 in a transformer; a product 8.2).
     """
     along = linalg.cast_like(direction, params)
 

@@ -8,7 +8,8 @@ s* = -a / h. Both are averages of noisy readings:
     slope       c_i = g_i . d_{i-1}, the fresh gradient along the previous direction,
                 which that direction has not seen; read every step for one dot product.
                 It belongs to the end of the step, so a = mean(c) - s h.
-    curvature   h = |d . H d|, probed every two steps at first and every ten later.
+    curvature   h = |d . H d|, probed every two steps at first, then every ten; in long
+                runs every 20 from step 2000 on, and every 50 from step 5000 on.
 
 The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
 where gradient noise dominates, s* reads about s / 2 for every s, and following it down
@@ -36,6 +37,8 @@ from dho2_jax._types import Array
 EARLY_STEPS = 40
 EARLY_PERIOD = 2
 PROBE_PERIOD = 10
+# By then curvature changes as slowly as this: one step in a hundred of those so far.
+_LATER = ((2000, 20), (5000, 50))  # from which step on, the period
 _FIRST = 0.1  # share of s* taken on the first step, from one batch
 _AVERAGE = 0.8  # memory of the averages of a and h
 _MEMORY = 0.9  # memory of the guard's statistics
@@ -147,17 +150,23 @@ def observe(
     )
 
 
-def is_due(rate: RateState) -> Array:
-    """Returns whether a step should probe: `()`, bool, from the step count alone."""
-    early = rate.steps < EARLY_STEPS
-    return jnp.where(
-        early, rate.steps % EARLY_PERIOD == 0, rate.steps % PROBE_PERIOD == 0
-    )
+def _period(steps: Array, often: bool) -> Array:
+    """Returns the steps between probes, from the step count alone: `()`, int32."""
+    first = EARLY_PERIOD if often else PROBE_PERIOD
+    found = jnp.where(steps < EARLY_STEPS, first, PROBE_PERIOD)
+    for start, longer in _LATER:
+        found = jnp.where(steps < start, found, longer)
+    return found
+
+
+def is_due(rate: RateState, often: bool = True) -> Array:
+    """Returns whether a step should probe: `()`, bool; early on more `often`."""
+    return rate.steps % _period(rate.steps, often) == 0
 
 
 def is_unprobed(rate: RateState) -> Array:
     """Returns whether `update` had no loss to probe with: `()`, bool."""
-    return rate.slope_count >= 2 * PROBE_PERIOD
+    return rate.slope_count >= 2 * _period(rate.steps, often=False)
 
 
 def first_scale(rate: RateState, slope: Array, bend: Array) -> RateState:

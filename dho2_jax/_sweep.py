@@ -5,11 +5,11 @@ A sweep begins by keeping the parameters as its anchor, takes in one product H v
 of the following steps, all at the anchor, and is put to use in the step after the last;
 training goes on with the previous subspace meanwhile. All of it is in the state.
 
-A step makes one product at most. Every tenth, and every second while no sweep is under
-way early on, goes to the curvature along the last step, which the rate needs: a product
-too, of another vector at another point. What a step's product is of is therefore a
-function of the state alone (`turn` and `question`), and whoever makes it, `update` or
-`staggered_value_and_grad`, need not know what for.
+A step makes one product at most. Every tenth (fewer in long runs, and every second
+while no sweep is under way early on) goes to the curvature along the last step, which
+the rate needs: a product too, of another vector at another point. What a step's product
+is of is therefore a function of the state alone (`turn` and `question`), and whoever
+makes it, `update` or `staggered_value_and_grad`, need not know what for.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def turn(state: CurvatureState) -> Array:
     kind = jnp.where(sweep.lanczos.index < m, ROW, NOTHING)
     if rate is not None:
         often = (kind == NOTHING) & _rate.is_due(rate)
-        due = (rate.probed == 0) | often | (rate.steps % _rate.PROBE_PERIOD == 0)
+        due = (rate.probed == 0) | often | _rate.is_due(rate, often=False)
         due &= (rate.steps > 0) & jnp.any(is_active(state))
         # What this step puts to use would change the vector.
         due &= sweep.lanczos.index != m

@@ -54,6 +54,21 @@ def test_the_same_steps_while_the_subspace_stays(name, base_rate):
     np.testing.assert_allclose(a["momentum_norm"], b["momentum_norm"], rtol=2e-3)
 
 
+def test_a_gpu_reads_what_the_base_was_given_once():
+    """It would stack g and d within the reduction over V; a barrier keeps it apart."""
+
+    def barriers(linear):
+        tx = dho2_jax.dho2(
+            optax.sgd(0.02, momentum=0.9), num_largest=4, linear_base=linear
+        )
+        update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=loss))
+        traced = update.trace(PARAMS, tx.init(PARAMS), PARAMS)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("optimization_barrier")
+
+    assert barriers(True) == barriers(False) + 1
+
+
 def test_it_is_not_for_other_bases():
     """The sign of a projection is not the projection of a sign."""
     (x, _), (y, _) = (

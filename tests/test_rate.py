@@ -102,6 +102,22 @@ def test_rule_equals_its_plain_statement(seed):
     assert int(rate.cuts) == plain.cuts > 0
 
 
+def test_probes_thin_out_in_long_runs():
+    def period(step):
+        return 2 if step < 40 else 10 if step < 2000 else 20 if step < 5000 else 50
+
+    steps = np.arange(6000)
+    rate = _rate.start(jnp.zeros(()))._replace(steps=jnp.asarray(steps, jnp.int32))
+    periods = np.array([period(step) for step in steps])
+    np.testing.assert_array_equal(_rate.is_due(rate), steps % periods == 0)
+    # Beside the products of a sweep only as often as later.
+    rarely = np.maximum(periods, 10)
+    np.testing.assert_array_equal(_rate.is_due(rate, often=False), steps % rarely == 0)
+    for count, unprobed in ((2 * rarely - 1, False), (2 * rarely, True)):
+        counted = rate._replace(slope_count=jnp.asarray(count, jnp.float32))
+        assert np.all(_rate.is_unprobed(counted) == unprobed)
+
+
 def quadratic(eigenvalues, seed=0):
     rng = np.random.default_rng(seed)
     q, _ = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))
