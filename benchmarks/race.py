@@ -2,6 +2,7 @@
 """One run of one optimizer, with a clock that sees all it computes and nothing else."""
 
 import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -136,6 +137,11 @@ def run(
         done = coming[-1] + 1
     found.scales.extend(float(x) for x in jax.device_get(scales))
     return found
+
+
+def path_of(folder: pathlib.Path, workload: str) -> pathlib.Path:
+    """Returns where all runs on a workload are kept."""
+    return folder / f"race-{workload.replace(' ', '-')}.json"
 
 
 def reached(run: Run, target: float) -> tuple[float, float]:

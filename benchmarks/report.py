@@ -56,13 +56,13 @@ class Row(NamedTuple):
 def report(names: Sequence[str], folder: pathlib.Path) -> None:
     """Prints the tables of all workloads that were raced, and draws their pictures."""
     for name in names:
-        path = folder / f"race-{name}.json"
+        path = race.path_of(folder, name)
         if not path.exists():
             continue
         rows = load(path)
         targets = {base: _tuned(rows, base).final() for base in BASES}
         print(f"\n### {name}\n\n{table(rows, targets)}\n\n{ratios(rows, targets)}")
-        draw(folder / f"{name}.png", rows, targets)
+        draw(path.with_name(f"{path.stem.removeprefix('race-')}.png"), rows, targets)
 
 
 def load(path: pathlib.Path) -> list[Row]:

@@ -19,7 +19,9 @@ The protocol, fixed before the results:
   on the small workloads, whose networks it has been told.
 
 `race` writes `results/race-<workload>.json`, `report` prints the tables and draws
-`results/<workload>.png`; `--results` names another folder, for another machine.
+`results/<workload>.png`; `--results` names another folder, for another machine. A
+workload may be "autoencoder x4": the bases and DHO² on them at four times the batch, by
+the settings of `sweeps.py batches`.
 """
 
 import argparse
@@ -41,7 +43,6 @@ import sweeps
 import workloads
 from workloads import RESULTS, Workload
 
-SEEDS = (0, 1, 2)
 TWICE = ("Muon", "Kron", "DHO² on Muon", "DHO² on Muon, fixed")
 KFAC: dict[str, dict[str, Any]] = {  # damping: best of three tried on another seed
     "autoencoder": {"method": "adaptive", "damping": 1.0},
@@ -71,8 +72,11 @@ def entries(workload: Workload) -> list[Entry]:
     """Returns the rows of a workload, from the sweeps."""
     found = who.contenders(workload)
     rows: list[Entry] = []
+    usual = workload.name in who.RATES
     goal = _best(workload, "Adam", math.nan)[1]
     for name, one in found.items():
+        if not usual and name.removeprefix("DHO² on ") not in who.BASES:
+            continue
         if not one.rates:
             if workload.name == "digits":
                 rows.append(Entry(name, name, 1.0, False))
@@ -81,7 +85,7 @@ def entries(workload: Workload) -> list[Entry]:
             rows.append(Entry(f"{name}, untuned", name, one.default, False))
             if "α" in name:
                 continue
-        if sweeps.load("tune", workload.name, name) is None:
+        if _sweep(workload, name) is None:
             continue
         goals = (math.nan, goal) if name in TWICE else (math.nan,)
         chosen = dict.fromkeys(_best(workload, name, x)[0] for x in goals)
@@ -89,10 +93,15 @@ def entries(workload: Workload) -> list[Entry]:
         for rate, cosine in chosen:
             label = f"{name}, {rate:g} {who.schedule_name(cosine)}"
             rows.append(Entry(label, name, rate, cosine))
-    for base in ("heavy ball", "Adam"):
+    for base in ("heavy ball", "Adam") if usual else ():
         start, source = who.STARTS[base], f"DHO² on {base}, untuned"
         rows.append(Entry(f"{base}, at its rate", base, start, False, source))
     return rows
+
+
+def _sweep(workload: Workload, contender: str) -> fleet.Fleet | None:
+    kind = "tune" if workload.name in who.RATES else "batches"
+    return sweeps.load(kind, workload.name, contender)
 
 
 def _best(
@@ -102,7 +111,7 @@ def _best(
 
     At the end; or, with a goal, soonest at it, if the setting ever was.
     """
-    swept = sweeps.load("tune", workload.name, contender)
+    swept = _sweep(workload, contender)
     assert swept is not None, f"no sweep of {contender} on {workload.name}"
     finals: dict[tuple[float, bool], list[float]] = {}
     soonest: dict[tuple[float, bool], list[float]] = {}
@@ -135,7 +144,7 @@ def run_race(options: argparse.Namespace) -> None:
                     f"{name}: compiled {row.contender} in {seconds:.1f} s", flush=True
                 )
         records: list[dict[str, Any]] = []
-        for seed in SEEDS:
+        for seed in options.seeds:
             recorded: dict[str, list[float]] = {}
             for row in rows:
                 rate: Any = row.rate
@@ -157,10 +166,10 @@ def run_race(options: argparse.Namespace) -> None:
                     flush=True,
                 )
             with_kfac = options.kfac and name in KFAC
-            if with_kfac and seed in KFAC_SEEDS.get(name, SEEDS):
+            if with_kfac and seed in KFAC_SEEDS.get(name, options.seeds):
                 records += _kfac(workload, options.kfac, seed)
             text = json.dumps({"workload": name, "records": records})
-            (options.results / f"race-{name}.json").write_text(text)
+            race.path_of(options.results, name).write_text(text)
 
 
 def _kfac(workload: Workload, python: str, seed: int) -> list[dict[str, Any]]:
@@ -217,6 +226,7 @@ def main() -> None:
     parser.add_argument("command", choices=("race", "report"))
     parser.add_argument("--workloads", default=",".join(workloads.SMALL))
     parser.add_argument("--kfac", default="", help="a Python that has kfac-jax 0.0.8")
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
         "--results",
         type=pathlib.Path,
@@ -225,6 +235,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
     if options.command == "race":
         run_race(options)
     else:

@@ -141,10 +141,13 @@ SMALL = ("autoencoder", "digits", "transformer")
 
 
 def build(name: str, factor: float = 1, *, steps: int | None = None) -> Workload:
-    """Builds a workload, its batches `factor` times as large.
+    """Builds a workload, its batches `factor` times as large; or "autoencoder x4".
 
     "resnet" is ResNet-50 on images of 64 pixels, "gpt2" GPT-2 124M on windows of 1024.
     """
+    if " x" in name:
+        name, _, times = name.partition(" x")
+        factor *= float(times)
     size = _SIZES[name]
     batch, part = int(size.batch * factor), int(size.part * factor)
     part = min(batch, max(part, size.least))

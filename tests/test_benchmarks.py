@@ -60,6 +60,21 @@ def test_every_contender_can_be_built_and_tuned():
                 assert hasattr(one.make(1e-3, 1.0), "update")
 
 
+def test_a_larger_batch_is_a_workload_of_its_own():
+    import race
+    import time_to_target
+    import workloads
+
+    workload = workloads.build("autoencoder x4")
+    assert workload.name == "autoencoder x4" == workloads.build("autoencoder", 4).name
+    assert (workload.batch_size, workload.curvature_size) == (4096, 512)
+    rows = [entry.label for entry in time_to_target.entries(workload)]
+    assert "Adam, 0.001 constant" in rows and "DHO² on Adam, untuned" in rows
+    assert not any(word in " ".join(rows) for word in ("α", "FOSI", "at its rate"))
+    path = race.path_of(BENCHMARKS, workload.name)
+    assert path == BENCHMARKS / "race-autoencoder-x4.json"
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"), [("resnet", 23_528_522), ("gpt2", 124_439_808)]
 )
