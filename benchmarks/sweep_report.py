@@ -39,7 +39,7 @@ def _tuned(name: str) -> Iterator[Sequence[str]]:
             continue
         goal, _ = _best(alone)
         found = _steps(ours, goal)
-        nearest = min(found, key=lambda at: (at[1], abs(math.log(at[0] / start))))
+        nearest = _nearest(found, start)
         soonest = min(found, key=lambda at: found[at])
         steps, least = found[nearest], found[soonest]
         yield (
@@ -73,7 +73,7 @@ def _batches(name: str) -> Iterator[Sequence[str]]:
             row += [f"{rate:g} {who.schedule_name(cosine)}", _count(own)]
             if ours is not None:
                 found = _steps(ours, goal)
-                at = min(found, key=lambda at: (at[1], abs(math.log(at[0] / start))))
+                at = _nearest(found, start)
                 losses = [
                     run[-1]
                     for one, run in zip(ours.settings, ours.losses, strict=True)
@@ -141,6 +141,13 @@ def _steps(found: fleet.Fleet, goal: float) -> dict[tuple[float, bool], float]:
         at = one.rate, one.cosine
         steps.setdefault(at, []).append(math.inf if step is None else step)
     return {at: statistics.mean(x) for at, x in steps.items()}
+
+
+def _nearest(
+    found: dict[tuple[float, bool], float], start: float
+) -> tuple[float, bool]:
+    """Returns the constant setting nearest to where an untuned run starts."""
+    return min(found, key=lambda at: (at[1], abs(math.log(at[0] / start))))
 
 
 def _count(steps: float) -> str:

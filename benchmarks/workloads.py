@@ -169,8 +169,8 @@ def one_by_one(
     """Returns the loss of a task that was made with `remat` and `scan_layers`, cheaper.
 
     It takes the same parameters. What a training batch has no memory for, the few
-    examples of a curvature product have: no layer is computed again in each product.
-    And XLA finds the two equal tangents of a probe, which it does not across a loop.
+    examples of a curvature product have: no layer is computed again in each product,
+    and none waits for a loop.
     """
     plain = make(1, **{**options, "remat": False, "scan_layers": False})
 

@@ -37,8 +37,9 @@ from dho2_jax._types import Array
 EARLY_STEPS = 40
 EARLY_PERIOD = 2
 PROBE_PERIOD = 10
-# By then curvature changes as slowly as this: one step in a hundred of those so far.
-_LATER = ((2000, 20), (5000, 50))  # from which step on, the period
+# From which step on, the period: a hundredth of the steps so far, by when curvature and
+# the scale that it sets have slowed down as much.
+_LATER = ((2000, 20), (5000, 50))
 _FIRST = 0.1  # share of s* taken on the first step, from one batch
 _AVERAGE = 0.8  # memory of the averages of a and h
 _MEMORY = 0.9  # memory of the guard's statistics
