@@ -4,6 +4,8 @@
 Every setting of a sweep is a lane of a `vmap`, the whole run one loop on the device.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +25,9 @@ class Setting(NamedTuple):
     seed: int
     rate: float
     cosine: bool = False
+
+
+Choice = tuple[float, bool]  # rate and cosine: a setting but for its seed
 
 
 class Fleet(NamedTuple):
@@ -119,7 +124,31 @@ def grid(contender: Contender, seeds: Sequence[int]) -> list[Setting]:
     ]
 
 
-def steps_to(fleet: Fleet, target: float) -> list[int | None]:
-    """Returns the first evaluated step of each run at or below the target."""
+def finals(fleet: Fleet) -> dict[Choice, float]:
+    """Returns the final loss of each choice, a mean over seeds."""
+    last = fleet.losses[:, -1]
+    return _means(fleet, np.where(np.isfinite(last), last, math.inf))
+
+
+def steps_to(fleet: Fleet, target: float) -> dict[Choice, float]:
+    """Returns the first evaluated step at or below the target, a mean over seeds."""
     below = fleet.losses <= target
-    return [int(fleet.steps[row.argmax()]) if row.any() else None for row in below]
+    first = fleet.steps[below.argmax(axis=1)]
+    return _means(fleet, np.where(below.any(axis=1), first, math.inf))
+
+
+def best(fleet: Fleet, goal: float = math.nan) -> tuple[Choice, float]:
+    """Returns the choice that was best, and its final loss.
+
+    At the end; or, with a goal, soonest at it, if any choice ever was.
+    """
+    ends, steps = finals(fleet), steps_to(fleet, goal)
+    found = min(ends, key=lambda choice: (steps[choice], ends[choice]))
+    return found, ends[found]
+
+
+def _means(fleet: Fleet, values: np.ndarray) -> dict[Choice, float]:
+    each: dict[Choice, list[float]] = {}
+    for setting, value in zip(fleet.settings, values, strict=True):
+        each.setdefault((setting.rate, setting.cosine), []).append(float(value))
+    return {choice: statistics.mean(x) for choice, x in each.items()}

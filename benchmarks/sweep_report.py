@@ -2,7 +2,6 @@
 """Tables of the sweeps that were made; called by `sweeps.py report`."""
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 
 import contenders as who
@@ -37,8 +36,8 @@ def _tuned(name: str) -> Iterator[Sequence[str]]:
         ours = sweeps.load("tune", name, f"DHO² on {base}")
         if alone is None or ours is None:
             continue
-        goal, _ = _best(alone)
-        found = _steps(ours, goal)
+        _, goal = fleet.best(alone)
+        found = fleet.steps_to(ours, goal)
         nearest = _nearest(found, start)
         soonest = min(found, key=lambda at: found[at])
         steps, least = found[nearest], found[soonest]
@@ -67,20 +66,15 @@ def _batches(name: str) -> Iterator[Sequence[str]]:
             ours = sweeps.load("batches", label, f"DHO² on {base}")
             if alone is None:
                 continue
-            goal, (rate, cosine) = _best(alone)
-            own = min(_steps(alone, goal).values())
+            (rate, cosine), goal = fleet.best(alone)
+            own = min(fleet.steps_to(alone, goal).values())
             row = [f"{label}, {base}", f"{goal:.4g}"]
             row += [f"{rate:g} {who.schedule_name(cosine)}", _count(own)]
             if ours is not None:
-                found = _steps(ours, goal)
+                found = fleet.steps_to(ours, goal)
                 at = _nearest(found, start)
-                losses = [
-                    run[-1]
-                    for one, run in zip(ours.settings, ours.losses, strict=True)
-                    if (one.rate, one.cosine) == at
-                ]
                 row += [_count(found[at]), f"{found[at] / own:.2f}"]
-                row += [f"{statistics.mean(losses):.4g}"]
+                row += [f"{fleet.finals(ours)[at]:.4g}"]
             else:
                 row += ["not run"] * 3
             yield row
@@ -123,29 +117,7 @@ def _starts(name: str) -> Iterator[Sequence[str]]:
         )
 
 
-def _best(found: fleet.Fleet) -> tuple[float, tuple[float, bool]]:
-    """Returns the least final loss, a mean over seeds, and its setting."""
-    ends: dict[tuple[float, bool], list[float]] = {}
-    for one, losses in zip(found.settings, found.losses, strict=True):
-        last = losses[-1] if np.isfinite(losses[-1]) else math.inf
-        ends.setdefault((one.rate, one.cosine), []).append(float(last))
-    means = {at: statistics.mean(x) for at, x in ends.items()}
-    best = min(means, key=lambda at: means[at])
-    return means[best], best
-
-
-def _steps(found: fleet.Fleet, goal: float) -> dict[tuple[float, bool], float]:
-    """Returns, of each setting, the mean over seeds of its steps to a goal."""
-    steps: dict[tuple[float, bool], list[float]] = {}
-    for one, step in zip(found.settings, fleet.steps_to(found, goal), strict=True):
-        at = one.rate, one.cosine
-        steps.setdefault(at, []).append(math.inf if step is None else step)
-    return {at: statistics.mean(x) for at, x in steps.items()}
-
-
-def _nearest(
-    found: dict[tuple[float, bool], float], start: float
-) -> tuple[float, bool]:
+def _nearest(found: dict[fleet.Choice, float], start: float) -> fleet.Choice:
     """Returns the constant setting nearest to where an untuned run starts."""
     return min(found, key=lambda at: (at[1], abs(math.log(at[0] / start))))
 

@@ -28,7 +28,6 @@ import argparse
 import json
 import math
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -73,7 +72,9 @@ def entries(workload: Workload) -> list[Entry]:
     found = who.contenders(workload)
     rows: list[Entry] = []
     usual = workload.name in who.RATES
-    goal = _best(workload, "Adam", math.nan)[1]
+    tuned = _sweep(workload, "Adam")
+    assert tuned is not None, f"no sweep of Adam on {workload.name}"
+    _, goal = fleet.best(tuned)
     for name, one in found.items():
         if not usual and name.removeprefix("DHO² on ") not in who.BASES:
             continue
@@ -85,10 +86,11 @@ def entries(workload: Workload) -> list[Entry]:
             rows.append(Entry(f"{name}, untuned", name, one.default, False))
             if "α" in name:
                 continue
-        if _sweep(workload, name) is None:
+        swept = _sweep(workload, name)
+        if swept is None:
             continue
         goals = (math.nan, goal) if name in TWICE else (math.nan,)
-        chosen = dict.fromkeys(_best(workload, name, x)[0] for x in goals)
+        chosen = dict.fromkeys(fleet.best(swept, x)[0] for x in goals)
         chosen.pop((one.default, False), None)  # is there as "untuned"
         for rate, cosine in chosen:
             label = f"{name}, {rate:g} {who.schedule_name(cosine)}"
@@ -102,31 +104,6 @@ def entries(workload: Workload) -> list[Entry]:
 def _sweep(workload: Workload, contender: str) -> fleet.Fleet | None:
     kind = "tune" if workload.name in who.RATES else "batches"
     return sweeps.load(kind, workload.name, contender)
-
-
-def _best(
-    workload: Workload, contender: str, goal: float
-) -> tuple[tuple[float, bool], float]:
-    """Returns the setting that was best, and its final loss.
-
-    At the end; or, with a goal, soonest at it, if the setting ever was.
-    """
-    swept = _sweep(workload, contender)
-    assert swept is not None, f"no sweep of {contender} on {workload.name}"
-    finals: dict[tuple[float, bool], list[float]] = {}
-    soonest: dict[tuple[float, bool], list[float]] = {}
-    steps = fleet.steps_to(swept, goal)
-    for setting, losses, step in zip(swept.settings, swept.losses, steps, strict=True):
-        key = setting.rate, setting.cosine
-        last = losses[-1] if np.isfinite(losses[-1]) else math.inf
-        finals.setdefault(key, []).append(float(last))
-        soonest.setdefault(key, []).append(math.inf if step is None else step)
-    scores = {key: statistics.mean(x) for key, x in finals.items()}
-    reached = {key: statistics.mean(x) for key, x in soonest.items()}
-    if min(reached.values()) < math.inf:
-        scores = {key: (reached[key], scores[key]) for key in scores}
-    best = min(scores, key=lambda key: scores[key])
-    return best, statistics.mean(finals[best])
 
 
 def run_race(options: argparse.Namespace) -> None:

@@ -151,16 +151,15 @@ def observe(
     )
 
 
-def _period(steps: Array, often: bool) -> Array:
+def _period(steps: Array, often: Array | bool) -> Array:
     """Returns the steps between probes, from the step count alone: `()`, int32."""
-    first = EARLY_PERIOD if often else PROBE_PERIOD
-    found = jnp.where(steps < EARLY_STEPS, first, PROBE_PERIOD)
+    found = jnp.where((steps < EARLY_STEPS) & often, EARLY_PERIOD, PROBE_PERIOD)
     for start, longer in _LATER:
         found = jnp.where(steps < start, found, longer)
     return found
 
 
-def is_due(rate: RateState, often: bool = True) -> Array:
+def is_due(rate: RateState, often: Array | bool = True) -> Array:
     """Returns whether a step should probe: `()`, bool; early on more `often`."""
     return rate.steps % _period(rate.steps, often) == 0
 

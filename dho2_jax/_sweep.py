@@ -54,8 +54,7 @@ def turn(state: CurvatureState) -> Array:
     m = sweep.lanczos.betas.shape[0]
     kind = jnp.where(sweep.lanczos.index < m, ROW, NOTHING)
     if rate is not None:
-        often = (kind == NOTHING) & _rate.is_due(rate)
-        due = (rate.probed == 0) | often | _rate.is_due(rate, often=False)
+        due = (rate.probed == 0) | _rate.is_due(rate, often=kind == NOTHING)
         due &= (rate.steps > 0) & jnp.any(is_active(state))
         # What this step puts to use would change the vector.
         due &= sweep.lanczos.index != m
