@@ -60,7 +60,8 @@ def report(names: Sequence[str], folder: pathlib.Path) -> None:
         if not path.exists():
             continue
         rows = load(path)
-        targets = {base: _tuned(rows, base).final() for base in BASES}
+        raced = [base for base in BASES if any(r.contender == base for r in rows)]
+        targets = {base: _tuned(rows, base).final() for base in raced}
         print(f"\n### {name}\n\n{table(rows, targets)}\n\n{ratios(rows, targets)}")
         draw(path.with_name(f"{path.stem.removeprefix('race-')}.png"), rows, targets)
 
@@ -127,7 +128,7 @@ def draw(path: pathlib.Path, rows: Sequence[Row], targets: dict[str, float]) -> 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     shown = [
-        *(_tuned(rows, base) for base in BASES),
+        *(_tuned(rows, base) for base in targets),
         *(r for r in rows if r.contender in ("K-FAC", "Kron", "L-BFGS")),
         *(r for r in rows if r.label.endswith("untuned") and "α" not in r.label),
     ]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time to a target that was fixed beforehand, against tuned peers.
 
-    python benchmarks/time_to_target.py race [--workloads a,b] [--kfac PYTHON]
+    python benchmarks/time_to_target.py race [--workloads a,b] [--contenders "A;B"]
+                                             [--kfac PYTHON]
     python benchmarks/time_to_target.py report
 
 The protocol, fixed before the results:
@@ -31,6 +32,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import contenders as who
@@ -67,15 +69,18 @@ class Entry(NamedTuple):
     recorded_from: str = ""  # a row whose rates, s times its start, it repeats
 
 
-def entries(workload: Workload) -> list[Entry]:
-    """Returns the rows of a workload, from the sweeps."""
+def entries(workload: Workload, wanted: Sequence[str] = ()) -> list[Entry]:
+    """Returns the rows of a workload, from the sweeps; of all contenders or of some."""
     found = who.contenders(workload)
+    wanted = wanted or tuple(found)
     rows: list[Entry] = []
     usual = workload.name in who.RATES
     tuned = _sweep(workload, "Adam")
     assert tuned is not None, f"no sweep of Adam on {workload.name}"
     _, goal = fleet.best(tuned)
     for name, one in found.items():
+        if name not in wanted:
+            continue
         if not usual and name.removeprefix("DHO² on ") not in who.BASES:
             continue
         if not one.rates:
@@ -97,7 +102,8 @@ def entries(workload: Workload) -> list[Entry]:
             rows.append(Entry(label, name, rate, cosine))
     for base in ("heavy ball", "Adam") if usual else ():
         start, source = who.STARTS[base], f"DHO² on {base}, untuned"
-        rows.append(Entry(f"{base}, at its rate", base, start, False, source))
+        if any(row.label == source for row in rows):
+            rows.append(Entry(f"{base}, at its rate", base, start, False, source))
     return rows
 
 
@@ -111,7 +117,7 @@ def run_race(options: argparse.Namespace) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     for name in options.workloads:
         workload = workloads.build(name)
-        rows, compiled = entries(workload), {}
+        rows, compiled = entries(workload, options.contenders), {}
         for row in rows:
             if row.contender not in compiled:
                 one = who.contenders(workload)[row.contender]
@@ -202,6 +208,7 @@ def main() -> None:
     )
     parser.add_argument("command", choices=("race", "report"))
     parser.add_argument("--workloads", default=",".join(workloads.SMALL))
+    parser.add_argument("--contenders", default="", help='all, or some: "A;B"')
     parser.add_argument("--kfac", default="", help="a Python that has kfac-jax 0.0.8")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
@@ -212,6 +219,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
+    options.contenders = [x for x in options.contenders.split(";") if x]
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
     if options.command == "race":
         run_race(options)

@@ -126,13 +126,13 @@ _SIZES = {
     "resnet": _Size(
         "resnet",
         _scenes,
-        *(256, 64, 500, 10, 16),
+        *(256, 64, 200, 5, 16),
         options={"stage_sizes": (3, 4, 6, 3), "image_size": 64, "num_classes": 10},
     ),
     "gpt2": _Size(
         "gpt2",
         functools.partial(_characters, length=1024),
-        *(32, 4, 500, 25, 16, 4),
+        *(32, 4, 100, 10, 16, 4),
         options={"num_validation": 16, "remat": True, "scan_layers": True},
     ),
 }

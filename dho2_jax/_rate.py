@@ -11,16 +11,23 @@ s* = -a / h. Both are averages of noisy readings:
     curvature   h = |d . H d|, probed every two steps at first, then every ten; in long
                 runs every 20 from step 2000 on, and every 50 from step 5000 on.
 
-The scale s grows fast towards s* and shrinks slowly (no faster than 1 / sqrt(steps)):
-where gradient noise dominates, s* reads about s / 2 for every s, and following it down
-would send s to zero. Only when steps raise the loss (s > 3 s*), or grow in length, does
-it fall by up to a half at a probe. In the first steps s may grow fourfold at a probe,
-up to a quarter of s*, until the guard first acts. The guard halves s at once when a
-slope is eight mean deviations above its mean, which is how a sharp direction that
-leaked out of the subspace first shows. Both are of the last ten steps or so: slopes
-fall by orders of magnitude in a run, and against the mean of a hundred steps a leak
-would not stand out before it has done its damage. In the first steps, when such means
-mislead, the guard also acts on a slope that the curvature seen so far cannot explain.
+The scale s first aims at s*, and later at 1.5 s*, since the best of each single step is
+short-sighted: with noisy gradients it lets s decay too early (short-horizon bias, Wu et
+al. 2018), and with exact ones any share of s* below 2 descends, some beyond 1 faster
+(relaxed steepest descent, Raydan and Svaiter 2002). Once the guard has acted, s goes
+beyond s* no further than half of where it did. It grows fast and shrinks slowly (no
+faster than 1 / sqrt(steps)): where gradient noise dominates, s* reads about s / 2 for
+every s, and following it down would send s to zero. Only when steps raise the loss
+(s > 3 s*), or grow in length, does it fall by up to a half at a probe. In the first
+steps, until the guard first acts, s may double at a probe, or grow fourfold up to a
+quarter of s*.
+
+The guard halves s at once when a slope is eight mean deviations above its mean, which
+is how a sharp direction that leaked out of the subspace first shows. Both are of the
+last ten steps or so: slopes fall by orders of magnitude in a run, and against the mean
+of a hundred steps a leak would not stand out before it has done its damage. In the
+first steps, when such means mislead, the guard also acts on a slope that the curvature
+seen so far cannot explain.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients
@@ -40,6 +47,7 @@ PROBE_PERIOD = 10
 # From which step on, the period: a hundredth of the steps so far, by when curvature and
 # the scale that it sets have slowed down as much.
 _LATER = ((2000, 20), (5000, 50))
+_REACH = 1.5  # share of s* that s aims at after the early steps
 _FIRST = 0.1  # share of s* taken on the first step, from one batch
 _AVERAGE = 0.8  # memory of the averages of a and h
 _MEMORY = 0.9  # memory of the guard's statistics
@@ -47,7 +55,7 @@ _DEVIATIONS = 8.0
 _SETTLED = 10  # slopes seen before the guard trusts its statistics
 _LEAP = 0.25  # share of s* that s may leap to in the early steps
 _LONGEST = 4.0  # leap, a factor
-_FAR = 16.0  # s* / s beyond which s grows fast at any time
+_FAR = 16.0  # how many times s may lie below its aim before s grows fast at any time
 _SMALLEST = 1e-12
 
 
@@ -188,7 +196,7 @@ def _reset(rate: RateState) -> RateState:
 
 
 def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateState:
-    """Moves s towards s* = -a / h after a probe of `bend` = h / |d|^2.
+    """Moves s towards its share of s* = -a / h after a probe of `bend` = h / |d|^2.
 
     Growth compares s, shrinking compares s times the schedule, so that a decay
     multiplies the rule without being fought by it. A direction of length zero says
@@ -202,25 +210,24 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     bends = share * rate.bend + (1 - share) * bend
     best = descent / jnp.where(bends > 0, bends, 1.0)
     best = jnp.where(bends > 0, best, jnp.where(descent > 0, jnp.inf, rate.scale))
+    edge = jnp.where(rate.cuts > 0, 0.5 * rate.before_cut, jnp.inf)
+    further = jnp.maximum(best, jnp.minimum(_REACH * best, edge))
+    aim = jnp.where((rate.steps >= EARLY_STEPS) & (bends > 0), further, best)
 
+    # A cut ends the search: few readings are left, and the edge has been seen.
+    early = (rate.steps < EARLY_STEPS) & (rate.cuts == 0)
     elapsed = (rate.steps - rate.probed).astype(jnp.float32)
     steps = rate.steps.astype(jnp.float32)
-    fast = (
-        (rate.steps < EARLY_STEPS)
-        | (rate.scale < 0.5 * rate.before_cut)
-        | (rate.scale < best / _FAR)
-    )
+    fast = early | (rate.scale < 0.5 * rate.before_cut) | (rate.scale < aim / _FAR)
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
-    # Not on the few readings since a cut.
-    leaps = (rate.steps < EARLY_STEPS) & (rate.cuts == 0)
-    leap = jnp.where(leaps, jnp.minimum(_LEAP * best, _LONGEST * rate.scale), 0.0)
-    grown = jnp.minimum(best, jnp.maximum(growth * rate.scale, leap))
+    leap = jnp.where(early, jnp.minimum(_LEAP * best, _LONGEST * rate.scale), 0.0)
+    grown = jnp.minimum(aim, jnp.maximum(growth * rate.scale, leap))
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
     diverging = (taken >= 3 * best) | (length > rate.weight)
     least = jnp.where(diverging, 0.5, slow)
-    shrunk = rate.scale * jnp.maximum(best / jnp.where(taken > 0, taken, 1.0), least)
+    shrunk = rate.scale * jnp.maximum(aim / jnp.where(taken > 0, taken, 1.0), least)
     scale = jnp.where(
-        best > rate.scale, grown, jnp.where(best < taken, shrunk, rate.scale)
+        aim > rate.scale, grown, jnp.where(aim < taken, shrunk, rate.scale)
     )
     usable = jnp.isfinite(bend) & (length > 0) & (rate.slope_count > 0)
     scale = jnp.where(usable, scale, rate.scale)

@@ -53,21 +53,23 @@ class PlainRule:
             self.descent = (past * self.descent + length * a) / self.weight
             self.bend = (past * self.bend + length * bend) / self.weight
             best = self.descent / self.bend
+            aim = best
+            if self.steps >= 40:
+                aim = 1.5 * best
+                if self.cuts:
+                    aim = max(best, min(aim, self.before_cut / 2))
             elapsed = self.steps - self.probed
-            if best > self.s:
-                fast = (
-                    self.steps < 40
-                    or self.s < 0.5 * self.before_cut
-                    or self.s < best / 16
-                )
+            if aim > self.s:
+                early = self.steps < 40 and not self.cuts
+                fast = early or self.s < 0.5 * self.before_cut or self.s < aim / 16
                 growth = 2.0 if fast else min(2.0, 1.25 ** (elapsed / 10))
                 leap = min(best / 4, 4 * self.s)
-                leap = leap if self.steps < 40 and not self.cuts else 0.0
-                self.s = min(best, max(growth * self.s, leap))
-            elif best < taken:
+                leap = leap if early else 0.0
+                self.s = min(aim, max(growth * self.s, leap))
+            elif aim < taken:
                 slow = np.sqrt(1 - elapsed / (self.steps + elapsed))
                 least = 0.5 if growing or taken >= 3 * best else slow
-                self.s *= max(best / taken, least)
+                self.s *= max(aim / taken, least)
         self.s = min(max(self.s, 1e-12), largest)
         self.slopes, self.lengths, self.probed = [], [], self.steps
 
@@ -192,6 +194,8 @@ def test_four_decades_of_initial_rates_do_not_diverge(base):
         _, _, values = train(tx, loss, params, 150)
         assert np.all(np.isfinite(values))
         finals.append(values[-1])
+        # It was 40 times as much when s still doubled after a cut.
+        assert values[20:].max() < 3 * values[20]
     assert max(finals) < 0.85 * start
     if base != "muon":  # unit steps settle where their own rate lets them
         assert max(finals) < 1.5 * min(finals)  # the search for the rate included
