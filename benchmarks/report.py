@@ -156,9 +156,10 @@ def draw(path: pathlib.Path, rows: Sequence[Row], targets: dict[str, float]) -> 
         color="0.4",
     )
     last = max(one["seconds"][-1] for one in _tuned(rows, "Adam").records)
+    longest = max(one["seconds"][-1] for row in shown for one in row.records)
     axes.set(
         yscale="log",
-        xlim=(0, 1.6 * last),
+        xlim=(0, min(2.2 * last, 1.02 * longest)),
         ylim=(0.85 * min(r.final() for r in shown), 6 * goal),
         xlabel="seconds, compilation apart",
         ylabel="validation loss",

@@ -20,7 +20,7 @@ faster than 1 / sqrt(steps)): where gradient noise dominates, s* reads about s /
 every s, and following it down would send s to zero. Only when steps raise the loss
 (s > 3 s*), or grow in length, does it fall by up to a half at a probe. In the first
 steps, until the guard first acts, s may double at a probe, or grow fourfold up to a
-quarter of s*.
+quarter of s*; after that, double to a quarter of s*.
 
 The guard halves s at once when a slope is eight mean deviations above its mean, which
 is how a sharp direction that leaked out of the subspace first shows. Both are of the
@@ -53,7 +53,7 @@ _AVERAGE = 0.8  # memory of the averages of a and h
 _MEMORY = 0.9  # memory of the guard's statistics
 _DEVIATIONS = 8.0
 _SETTLED = 10  # slopes seen before the guard trusts its statistics
-_LEAP = 0.25  # share of s* that s may leap to in the early steps
+_LEAP = 0.25  # share of s* that s may leap to in the early steps, or double to once cut
 _LONGEST = 4.0  # leap, a factor
 _FAR = 16.0  # how many times s may lie below its aim before s grows fast at any time
 _SMALLEST = 1e-12
@@ -210,17 +210,23 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     bends = share * rate.bend + (1 - share) * bend
     best = descent / jnp.where(bends > 0, bends, 1.0)
     best = jnp.where(bends > 0, best, jnp.where(descent > 0, jnp.inf, rate.scale))
+    early = rate.steps < EARLY_STEPS
+    uncut = early & (rate.cuts == 0)
     edge = jnp.where(rate.cuts > 0, 0.5 * rate.before_cut, jnp.inf)
     further = jnp.maximum(best, jnp.minimum(_REACH * best, edge))
-    aim = jnp.where((rate.steps >= EARLY_STEPS) & (bends > 0), further, best)
+    aim = jnp.where(early | ~(bends > 0), best, further)
 
-    # A cut ends the search: few readings are left, and the edge has been seen.
-    early = (rate.steps < EARLY_STEPS) & (rate.cuts == 0)
     elapsed = (rate.steps - rate.probed).astype(jnp.float32)
     steps = rate.steps.astype(jnp.float32)
-    fast = early | (rate.scale < 0.5 * rate.before_cut) | (rate.scale < aim / _FAR)
+    fast = (
+        uncut
+        | early & (rate.scale < _LEAP * best)
+        | (rate.scale < 0.5 * rate.before_cut)
+        | (rate.scale < aim / _FAR)
+    )
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
-    leap = jnp.where(early, jnp.minimum(_LEAP * best, _LONGEST * rate.scale), 0.0)
+    # Not on the few readings since a cut.
+    leap = jnp.where(uncut, jnp.minimum(_LEAP * best, _LONGEST * rate.scale), 0.0)
     grown = jnp.minimum(aim, jnp.maximum(growth * rate.scale, leap))
     slow = jnp.sqrt(1 - elapsed / jnp.maximum(steps + elapsed, 1.0))
     diverging = (taken >= 3 * best) | (length > rate.weight)

@@ -60,11 +60,17 @@ class PlainRule:
                     aim = max(best, min(aim, self.before_cut / 2))
             elapsed = self.steps - self.probed
             if aim > self.s:
-                early = self.steps < 40 and not self.cuts
-                fast = early or self.s < 0.5 * self.before_cut or self.s < aim / 16
+                early = self.steps < 40
+                uncut = early and not self.cuts
+                fast = (
+                    uncut
+                    or (early and self.s < best / 4)
+                    or self.s < 0.5 * self.before_cut
+                    or self.s < aim / 16
+                )
                 growth = 2.0 if fast else min(2.0, 1.25 ** (elapsed / 10))
                 leap = min(best / 4, 4 * self.s)
-                leap = leap if early else 0.0
+                leap = leap if uncut else 0.0
                 self.s = min(aim, max(growth * self.s, leap))
             elif aim < taken:
                 slow = np.sqrt(1 - elapsed / (self.steps + elapsed))
