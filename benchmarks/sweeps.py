@@ -100,7 +100,7 @@ def _sail(
     if path.exists():
         return
     began = time.perf_counter()
-    # Of large networks many at once would not fit, nor be done today in full precision.
+    # Large networks one at a time, for their memory, and in the race's own precision.
     small = workload.name.split()[0] in workloads.SMALL
     with jax.default_matmul_precision("highest" if small else "default"):
         found = fleet.sail(workload, contender, settings, None if small else 1)

@@ -75,6 +75,22 @@ def test_a_larger_batch_is_a_workload_of_its_own():
     assert path == BENCHMARKS / "race-autoencoder-x4.json"
 
 
+def test_a_race_may_be_of_some_contenders():
+    import time_to_target
+    import workloads
+
+    def labels(name, *wanted):
+        entries = time_to_target.entries(workloads.build(name), wanted)
+        return [entry.label for entry in entries]
+
+    some = ("DHO² on Adam", "Adam")
+    tuned = ["Adam, 0.0001 constant", "DHO² on Adam, untuned"]
+    assert labels("gpt2 x0.25", *some) == tuned
+    repeats = "heavy ball, at its rate"
+    assert repeats in labels("digits", "heavy ball", "DHO² on heavy ball")
+    assert repeats not in labels("digits", "heavy ball", "Adam")
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"), [("resnet", 23_528_522), ("gpt2", 124_439_808)]
 )
