@@ -194,6 +194,11 @@ def _kron(rate: Any, factor: Any) -> Any:
     return psgdax.kron(rate * factor)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Returns the names in "A;B", as a command line has them; none stands for all."""
+    return tuple(filter(None, text.split(";")))
+
+
 def schedule_name(cosine: bool) -> str:
     """Returns a schedule's name."""
     return "cosine" if cosine else "constant"

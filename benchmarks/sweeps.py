@@ -29,7 +29,7 @@ import fleet
 import jax
 import numpy as np
 import workloads
-from contenders import BASES, Contender, contenders
+from contenders import BASES, Contender, contenders, names
 
 SWEEPS = workloads.RESULTS / "sweeps"
 TUNING_SEEDS = (100, 101)
@@ -150,10 +150,9 @@ def main() -> None:
     )
     parser.add_argument("kind", choices=("tune", "starts", "batches", "report"))
     parser.add_argument("--workloads", default=",".join(workloads.SMALL))
-    parser.add_argument("--contenders", default="")
+    parser.add_argument("--contenders", default="", type=names)
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
-    options.contenders = [x for x in options.contenders.split(";") if x]
     if options.kind == "report":
         import sweep_report
 

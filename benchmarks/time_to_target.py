@@ -208,7 +208,9 @@ def main() -> None:
     )
     parser.add_argument("command", choices=("race", "report"))
     parser.add_argument("--workloads", default=",".join(workloads.SMALL))
-    parser.add_argument("--contenders", default="", help='all, or some: "A;B"')
+    parser.add_argument(
+        "--contenders", default="", type=who.names, help='all, or some: "A;B"'
+    )
     parser.add_argument("--kfac", default="", help="a Python that has kfac-jax 0.0.8")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument(
@@ -219,7 +221,6 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
-    options.contenders = [x for x in options.contenders.split(";") if x]
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
     if options.command == "race":
         run_race(options)

@@ -212,7 +212,8 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     best = jnp.where(bends > 0, best, jnp.where(descent > 0, jnp.inf, rate.scale))
     early = rate.steps < EARLY_STEPS
     uncut = early & (rate.cuts == 0)
-    edge = jnp.where(rate.cuts > 0, 0.5 * rate.before_cut, jnp.inf)
+    safe = 0.5 * rate.before_cut
+    edge = jnp.where(rate.cuts > 0, safe, jnp.inf)
     further = jnp.maximum(best, jnp.minimum(_REACH * best, edge))
     aim = jnp.where(early | ~(bends > 0), best, further)
 
@@ -221,7 +222,7 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     fast = (
         uncut
         | early & (rate.scale < _LEAP * best)
-        | (rate.scale < 0.5 * rate.before_cut)
+        | (rate.scale < safe)
         | (rate.scale < aim / _FAR)
     )
     growth = jnp.where(fast, 2.0, jnp.minimum(2.0, 1.25 ** (elapsed / PROBE_PERIOD)))
