@@ -6,7 +6,7 @@ that one compilation serves all settings.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,6 +152,17 @@ def contenders(workload: Workload) -> dict[str, Contender]:
             ),
         ]
     return {one.name: one for one in found}
+
+
+def chosen(workload: Workload, wanted: Sequence[str]) -> dict[str, Contender]:
+    """Returns those contenders on a workload that are named; no name stands for all."""
+    found = contenders(workload)
+    for name in wanted:
+        if name not in found:
+            raise SystemExit(
+                f"--contenders must name some of {'; '.join(found)}; got {name!r}."
+            )
+    return {name: found[name] for name in found if not wanted or name in wanted}
 
 
 def hybrid(

@@ -98,7 +98,7 @@ def _parts(workload: workloads.Workload, base: str, k: int, period: int) -> str:
             "probe": lambda: stepped(ours, 110),
             "refresh": refreshed,
         },
-        rounds=12 if workload.name in workloads.SMALL else 3,
+        rounds=12 if workload.small else 3,
     )
     probe = times["probe"] - times["step"]
     curvature = probe / 10 + times["refresh"] / period

@@ -29,7 +29,7 @@ import fleet
 import jax
 import numpy as np
 import workloads
-from contenders import BASES, Contender, contenders, names
+from contenders import BASES, Contender, chosen, names
 
 SWEEPS = workloads.RESULTS / "sweeps"
 TUNING_SEEDS = (100, 101)
@@ -46,7 +46,7 @@ def tune(options: argparse.Namespace) -> None:
     """Sweeps every contender's settings."""
     for name in options.workloads:
         workload = workloads.build(name)
-        seeds = TUNING_SEEDS if name in workloads.SMALL else TUNING_SEEDS[:1]
+        seeds = TUNING_SEEDS if workload.small else TUNING_SEEDS[:1]
         for one in _chosen(workload, options):
             _sail("tune", workload, one, fleet.grid(one, seeds))
 
@@ -79,8 +79,8 @@ def starts(options: argparse.Namespace) -> None:
 
 def _chosen(workload: workloads.Workload, options: argparse.Namespace):
     """Yields the contenders that were asked for and have something to tune."""
-    for name, one in contenders(workload).items():
-        if one.rates and (not options.contenders or name in options.contenders):
+    for one in chosen(workload, options.contenders).values():
+        if one.rates:
             yield one
 
 
@@ -101,9 +101,9 @@ def _sail(
         return
     began = time.perf_counter()
     # Large networks one at a time, for their memory, and in the race's own precision.
-    small = workload.name.split()[0] in workloads.SMALL
-    with jax.default_matmul_precision("highest" if small else "default"):
-        found = fleet.sail(workload, contender, settings, None if small else 1)
+    with jax.default_matmul_precision("highest" if workload.small else "default"):
+        at_once = None if workload.small else 1
+        found = fleet.sail(workload, contender, settings, at_once)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(

@@ -71,16 +71,12 @@ class Entry(NamedTuple):
 
 def entries(workload: Workload, wanted: Sequence[str] = ()) -> list[Entry]:
     """Returns the rows of a workload, from the sweeps; of all contenders or of some."""
-    found = who.contenders(workload)
-    wanted = wanted or tuple(found)
     rows: list[Entry] = []
     usual = workload.name in who.RATES
     tuned = _sweep(workload, "Adam")
     assert tuned is not None, f"no sweep of Adam on {workload.name}"
     _, goal = fleet.best(tuned)
-    for name, one in found.items():
-        if name not in wanted:
-            continue
+    for name, one in who.chosen(workload, wanted).items():
         if not usual and name.removeprefix("DHO² on ") not in who.BASES:
             continue
         if not one.rates:

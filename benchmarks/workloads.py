@@ -34,6 +34,7 @@ class Workload(NamedTuple):
     steps: int  # after which tuned Adam's loss is the target
     eval_every: int  # steps between evaluations, which the clock does not see
     num_largest: int  # k of DHO², chosen on tuning seeds
+    small: bool  # needs no accelerator
     curvature_loss: Callable[[Any, Any], jax.Array]  # params, examples -> their loss
 
     def batch(self, seed: Any, step: Any) -> Any:
@@ -159,7 +160,12 @@ def build(name: str, factor: float = 1, *, steps: int | None = None) -> Workload
     if size.options.get("scan_layers"):
         loss = one_by_one(TASKS[size.task], **size.options)
     return Workload(
-        label, task, size.draw(batch), batch, part, steps, size.every, size.k, loss
+        label,
+        task,
+        size.draw(batch),
+        *(batch, part, steps, size.every, size.k),
+        name in SMALL,
+        loss,
     )
 
 

@@ -89,6 +89,8 @@ def test_a_race_may_be_of_some_contenders():
     repeats = "heavy ball, at its rate"
     assert repeats in labels("digits", "heavy ball", "DHO² on heavy ball")
     assert repeats not in labels("digits", "heavy ball", "Adam")
+    with pytest.raises(SystemExit, match=r"must name some of heavy ball; .*'Adan'"):
+        labels("digits", "Adan")
 
 
 @pytest.mark.parametrize(
