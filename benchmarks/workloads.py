@@ -160,12 +160,16 @@ def build(name: str, factor: float = 1, *, steps: int | None = None) -> Workload
     if size.options.get("scan_layers"):
         loss = one_by_one(TASKS[size.task], **size.options)
     return Workload(
-        label,
-        task,
-        size.draw(batch),
-        *(batch, part, steps, size.every, size.k),
-        name in SMALL,
-        loss,
+        name=label,
+        task=task,
+        draw=size.draw(batch),
+        batch_size=batch,
+        curvature_size=part,
+        steps=steps,
+        eval_every=size.every,
+        num_largest=size.k,
+        small=name in SMALL,
+        curvature_loss=loss,
     )
 
 
