@@ -139,6 +139,18 @@ def run(
     return found
 
 
+def in_median_time(runs: Sequence[Run]) -> Run:
+    """Returns the first of several runs of one path, each stretch in its median time.
+
+    The first run of a program is slower than the next, and so is any while the machine
+    does something else. A run that ended elsewhere does not count.
+    """
+    first = runs[0]
+    taken = [np.diff(one.seconds) for one in runs if one.steps == first.steps]
+    seconds = np.cumsum([0.0, *np.median(taken, axis=0)])
+    return first._replace(seconds=seconds.tolist())
+
+
 def path_of(folder: pathlib.Path, workload: str) -> pathlib.Path:
     """Returns where all runs on a workload are kept."""
     return folder / f"race-{workload.replace(' ', '-')}.json"

@@ -2,7 +2,7 @@
 """Time to a target that was fixed beforehand, against tuned peers.
 
     python benchmarks/time_to_target.py race [--workloads a,b] [--contenders "A;B"]
-                                             [--kfac PYTHON]
+                                             [--kfac PYTHON] [--repeats 3]
     python benchmarks/time_to_target.py report
 
 The protocol, fixed before the results:
@@ -13,8 +13,11 @@ The protocol, fixed before the results:
   race also with the one that was soonest there.
 * The targets on a workload are the median final losses of tuned Adam, tuned heavy ball
   and tuned Muon after the workload's steps, seeds 0 to 2 of this race.
-* All contenders run in turns, seed after seed, on one machine that does nothing else.
-  The clock counts steps, refreshes and probes; compilation is reported apart.
+* All contenders run in turns, seed after seed, on one machine that does nothing else,
+  `--repeats` times over; each stretch between two evaluations counts with the median
+  of its times. The clock counts steps, refreshes and probes; compilation is reported
+  apart. (Before, each row ran once; the repeats came when the results were known, for
+  all rows alike, and change times alone.)
 * K-FAC (kfac-jax) runs in an environment of its own, by `kfac_worker.py`, on the same
   parameters and batches, in the same race, each `eval_every` steps of it evaluated too;
   on the small workloads, whose networks it has been told.
@@ -124,34 +127,48 @@ def run_race(options: argparse.Namespace) -> None:
                 )
         records: list[dict[str, Any]] = []
         for seed in options.seeds:
-            recorded: dict[str, list[float]] = {}
-            for row in rows:
-                rate: Any = row.rate
-                if row.recorded_from:
-                    rate = recorded[row.recorded_from]
-                programs = compiled[row.contender]
-                done = race.run(
-                    workload, programs, seed=seed, rate=rate, cosine=row.cosine
-                )
-                recorded[row.label] = [row.rate * x for x in done.scales]
-                records.append(
-                    row._asdict()
-                    | {"seed": seed, "compile_seconds": programs.compile_seconds}
-                    | {k: v for k, v in done._asdict().items() if k != "scales"}
-                )
+            runs = {row.label: [] for row in rows}
+            for row in rows * options.repeats:
+                done = _run(workload, compiled, row, seed, runs)
+                runs[row.label].append(done)
                 print(
                     f"{name}: {row.label}, seed {seed}: {done.losses[-1]:.4g} after "
                     f"{done.steps[-1]} steps, {done.seconds[-1]:.2f} s",
                     flush=True,
                 )
+            for row in rows:
+                done = race.in_median_time(runs[row.label])
+                seconds = compiled[row.contender].compile_seconds
+                records.append(
+                    row._asdict()
+                    | {"seed": seed, "compile_seconds": seconds}
+                    | {k: v for k, v in done._asdict().items() if k != "scales"}
+                )
             with_kfac = options.kfac and name in KFAC
             if with_kfac and seed in KFAC_SEEDS.get(name, options.seeds):
-                records += _kfac(workload, options.kfac, seed)
+                records += _kfac(workload, options.kfac, seed, options.repeats)
             text = json.dumps({"workload": name, "records": records})
             race.path_of(options.results, name).write_text(text)
 
 
-def _kfac(workload: Workload, python: str, seed: int) -> list[dict[str, Any]]:
+def _run(
+    workload: Workload,
+    compiled: dict[str, race.Programs],
+    row: Entry,
+    seed: int,
+    runs: dict[str, list[race.Run]],
+) -> race.Run:
+    """Runs a row once; one that repeats another's rates finds them in its `runs`."""
+    rate: float | list[float] = row.rate
+    if row.recorded_from:
+        rate = [row.rate * x for x in runs[row.recorded_from][0].scales]
+    programs = compiled[row.contender]
+    return race.run(workload, programs, seed=seed, rate=rate, cosine=row.cosine)
+
+
+def _kfac(
+    workload: Workload, python: str, seed: int, repeats: int
+) -> list[dict[str, Any]]:
     """Runs K-FAC on the same parameters and batches, in its own environment."""
     name, steps = workload.name, KFAC_STEPS[workload.name]
     model, loss = MODELS[name]
@@ -174,25 +191,27 @@ def _kfac(workload: Workload, python: str, seed: int) -> list[dict[str, Any]]:
         ):
             arrays = {str(i): x for i, x in enumerate(jax.tree.leaves(batches))}
             np.savez(there / f"{file}.npz", **arrays)
-        runs = json.dumps([KFAC[name] | {"seed": seed}])
+        runs = json.dumps([KFAC[name] | {"seed": seed}] * repeats)
         worker = pathlib.Path(__file__).with_name("kfac_worker.py")
         done = subprocess.run(
             [python, str(worker), folder], input=runs, capture_output=True, text=True
         )
     if done.returncode:
         sys.exit(f"K-FAC failed: {done.stderr[-2000:]}")
-    (line,) = done.stdout.splitlines()
-    found = json.loads(line)
-    print(f"{name}: K-FAC, seed {seed}: {found['val_loss'][-1]:.4g}, {found['error']}")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    fields = "steps", "seconds", "val_loss"
+    runs = [race.Run(*(line[x] for x in fields), scales=[]) for line in lines]
+    found = race.in_median_time(runs)
+    print(f"{name}: K-FAC, seed {seed}: {found.losses[-1]:.4g}, {lines[0]['error']}")
     return [
         {
             "label": "K-FAC, adaptive",
             "contender": "K-FAC",
             "seed": seed,
-            "compile_seconds": found["compile_seconds"],
-            "steps": found["steps"],
-            "seconds": found["seconds"],
-            "losses": found["val_loss"],
+            "compile_seconds": lines[0]["compile_seconds"],
+            "steps": found.steps,
+            "seconds": found.seconds,
+            "losses": found.losses,
         }
     ]
 
@@ -209,6 +228,9 @@ def main() -> None:
     )
     parser.add_argument("--kfac", default="", help="a Python that has kfac-jax 0.0.8")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--repeats", default=3, type=int, help="runs of each row on each seed"
+    )
     parser.add_argument(
         "--results",
         type=pathlib.Path,

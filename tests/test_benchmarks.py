@@ -49,6 +49,21 @@ def test_a_fleet_and_a_race_train_alike(name):
         assert 0 < step <= 24
 
 
+def test_several_runs_count_with_the_median_time_of_each_stretch():
+    import race
+
+    first = race.Run([0, 10, 20], [0.0, 9.0, 10.0], [3.0, 2.0, 1.0], [1.0] * 20)
+    others = [
+        first._replace(seconds=[0.0, 2.0, 6.0]),
+        first._replace(seconds=[0.0, 3.0, 5.0]),
+        first._replace(steps=[0, 10], seconds=[0.0, 0.1], losses=[3.0, math.inf]),
+    ]
+    found = race.in_median_time([first, *others])
+    # Stretches of 9, 2, 3 and of 1, 4, 2 seconds.
+    assert found == first._replace(seconds=[0.0, 3.0, 5.0])
+    assert race.in_median_time([first]) == first
+
+
 def test_every_contender_can_be_built_and_tuned():
     import contenders
     import workloads
