@@ -129,7 +129,14 @@ def run_race(options: argparse.Namespace) -> None:
         for seed in options.seeds:
             runs = {row.label: [] for row in rows}
             for row in rows * options.repeats:
-                done = _run(workload, compiled, row, seed, runs)
+                rate: Any = row.rate
+                if row.recorded_from:
+                    source = runs[row.recorded_from][0]
+                    rate = [row.rate * x for x in source.scales]
+                programs = compiled[row.contender]
+                done = race.run(
+                    workload, programs, seed=seed, rate=rate, cosine=row.cosine
+                )
                 runs[row.label].append(done)
                 print(
                     f"{name}: {row.label}, seed {seed}: {done.losses[-1]:.4g} after "
@@ -137,13 +144,8 @@ def run_race(options: argparse.Namespace) -> None:
                     flush=True,
                 )
             for row in rows:
-                done = race.in_median_time(runs[row.label])
                 seconds = compiled[row.contender].compile_seconds
-                records.append(
-                    row._asdict()
-                    | {"seed": seed, "compile_seconds": seconds}
-                    | {k: v for k, v in done._asdict().items() if k != "scales"}
-                )
+                records.append(row._asdict() | _record(runs[row.label], seed, seconds))
             with_kfac = options.kfac and name in KFAC
             if with_kfac and seed in KFAC_SEEDS.get(name, options.seeds):
                 records += _kfac(workload, options.kfac, seed, options.repeats)
@@ -151,19 +153,13 @@ def run_race(options: argparse.Namespace) -> None:
             race.path_of(options.results, name).write_text(text)
 
 
-def _run(
-    workload: Workload,
-    compiled: dict[str, race.Programs],
-    row: Entry,
-    seed: int,
-    runs: dict[str, list[race.Run]],
-) -> race.Run:
-    """Runs a row once; one that repeats another's rates finds them in its `runs`."""
-    rate: float | list[float] = row.rate
-    if row.recorded_from:
-        rate = [row.rate * x for x in runs[row.recorded_from][0].scales]
-    programs = compiled[row.contender]
-    return race.run(workload, programs, seed=seed, rate=rate, cosine=row.cosine)
+def _record(
+    runs: Sequence[race.Run], seed: int, compile_seconds: float
+) -> dict[str, Any]:
+    """Returns what is kept of a row's runs on a seed."""
+    kept = race.in_median_time(runs)._asdict()
+    del kept["scales"]
+    return {"seed": seed, "compile_seconds": compile_seconds} | kept
 
 
 def _kfac(
@@ -191,29 +187,20 @@ def _kfac(
         ):
             arrays = {str(i): x for i, x in enumerate(jax.tree.leaves(batches))}
             np.savez(there / f"{file}.npz", **arrays)
-        runs = json.dumps([KFAC[name] | {"seed": seed}] * repeats)
+        wanted = json.dumps([KFAC[name] | {"seed": seed}] * repeats)
         worker = pathlib.Path(__file__).with_name("kfac_worker.py")
         done = subprocess.run(
-            [python, str(worker), folder], input=runs, capture_output=True, text=True
+            [python, str(worker), folder], input=wanted, capture_output=True, text=True
         )
     if done.returncode:
         sys.exit(f"K-FAC failed: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     fields = "steps", "seconds", "val_loss"
     runs = [race.Run(*(line[x] for x in fields), scales=[]) for line in lines]
-    found = race.in_median_time(runs)
-    print(f"{name}: K-FAC, seed {seed}: {found.losses[-1]:.4g}, {lines[0]['error']}")
-    return [
-        {
-            "label": "K-FAC, adaptive",
-            "contender": "K-FAC",
-            "seed": seed,
-            "compile_seconds": lines[0]["compile_seconds"],
-            "steps": found.steps,
-            "seconds": found.seconds,
-            "losses": found.losses,
-        }
-    ]
+    found = _record(runs, seed, lines[0]["compile_seconds"])
+    last, error = found["losses"][-1], lines[0]["error"]
+    print(f"{name}: K-FAC, seed {seed}: {last:.4g}, {error}")
+    return [{"label": "K-FAC, adaptive", "contender": "K-FAC"} | found]
 
 
 def main() -> None:
