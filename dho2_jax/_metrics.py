@@ -67,6 +67,9 @@ def metrics(state: PyTree) -> dict[str, Array]:
         tridiagonal; rounding if the curvature function did not change meanwhile.
       - "base_scaling": s, the factor on the base's update, without `rate_schedule`.
       - "rate_cuts": how often the guard halved it.
+      - "bounds": steps that were shortened to what earlier ones proved safe.
+      - "trials", "refusals": steps tried on the loss before they were taken; of these,
+        those that it refused, since it would have risen by a quarter.
       - "momentum_norm": |u|.
       - "replication": how often the devices of `mesh` hold a number of V among them; 1
         where the devices divide everything evenly.
@@ -79,6 +82,8 @@ def metrics(state: PyTree) -> dict[str, Array]:
     valid = space.valid
     scale = jnp.max(jnp.where(valid, jnp.abs(space.eigenvalues), 0.0))
     lowest = jnp.min(jnp.where(valid, space.eigenvalues, jnp.inf))
+    reach = None if ours.rate is None else ours.rate.reach
+    none = jnp.zeros((), jnp.int32)
     return {
         "count": ours.count,
         "enabled": ours.enabled.astype(jnp.int32),
@@ -94,7 +99,10 @@ def metrics(state: PyTree) -> dict[str, Array]:
         "residual": jnp.max(space.residuals) / jnp.where(scale > 0, scale, 1.0),
         "recurrence_defect": counters.recurrence_defect,
         "base_scaling": ours.base_scaling,
-        "rate_cuts": jnp.zeros((), jnp.int32) if ours.rate is None else ours.rate.cuts,
+        "rate_cuts": none if ours.rate is None else ours.rate.cuts,
+        "bounds": none if reach is None else reach.bounds,
+        "trials": none if reach is None else reach.trials,
+        "refusals": none if reach is None else reach.refusals,
         "momentum_norm": jnp.sqrt(jnp.sum(ours.momentum**2)),
         "replication": jnp.asarray(_replication(space.eigenvectors), jnp.float32),
     }

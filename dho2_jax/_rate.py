@@ -7,7 +7,10 @@ s* = -a / h. Both are averages of noisy readings:
 
     slope       c_i = g_i . d_{i-1}, the fresh gradient along the previous direction,
                 which that direction has not seen; read every step for one dot product.
-                It belongs to the end of the step, so a = mean(c) - s h.
+                It belongs to the end of the step, so a = mean(c) - s h. The slope of
+                the gradient that made the step is flattered by its own noise; where
+                there is none it is exact, and the loss need not be a parabola: of
+                both, the one that promises less counts.
     curvature   h = |d . H d|, probed every two steps at first, then every ten; in long
                 runs every 20 from step 2000 on, and every 50 from step 5000 on.
 
@@ -27,7 +30,10 @@ is how a sharp direction that leaked out of the subspace first shows. Both are o
 last ten steps or so: slopes fall by orders of magnitude in a run, and against the mean
 of a hundred steps a leak would not stand out before it has done its damage. In the
 first steps, when such means mislead, the guard also acts on a slope that the curvature
-seen so far cannot explain.
+seen so far cannot explain. Both only where a shorter step would have been better: the
+step went up the loss by more than it went down (by the slopes at its two ends), and the
+slope is still rising. Momentum that points uphill, or a cut that needs a few steps to
+show, would else be cut again and again, until s is nothing.
 
 A reading counts by the squared length of its d, but an old one never by more than the
 memory of the average allows: neither do old readings outweigh new ones when gradients
@@ -37,8 +43,10 @@ quantities are relative to the base's own update, so any base serves.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from dho2_jax import _reach
 from dho2_jax._types import Array
 
 EARLY_STEPS = 40
@@ -69,6 +77,7 @@ class RateState(NamedTuple):
     steps: Array  # int32: steps taken under the rule
     probed: Array  # int32: value of `steps` at the last probe
     slope_sum: Array  # sum of c since the last probe
+    ahead_sum: Array  # sum of g . d of the same steps, at their starts
     length_sum: Array  # sum of |d|^2 since then
     slope_count: Array  # of how many steps
     slope_mean: Array  # the guard's running mean of c
@@ -78,6 +87,9 @@ class RateState(NamedTuple):
     weight: Array  # of these averages, in units of |d|^2
     before_cut: Array  # s before the guard's last cut
     cuts: Array  # int32: how often the guard acted
+    ahead: Array  # g . d of the last step, at its start
+    slope: Array  # c of the step before
+    reach: _reach.Reach
 
 
 def start(direction: Any) -> RateState:
@@ -97,6 +109,7 @@ def start(direction: Any) -> RateState:
         steps=none(),
         probed=none(),
         slope_sum=zero(),
+        ahead_sum=zero(),
         length_sum=zero(),
         slope_count=zero(),
         slope_mean=zero(),
@@ -106,6 +119,9 @@ def start(direction: Any) -> RateState:
         weight=zero(),
         before_cut=zero(),
         cuts=none(),
+        ahead=zero(),
+        slope=zero(),
+        reach=_reach.start(),
     )
 
 
@@ -117,21 +133,28 @@ def observe(
     Right after a refresh c is not `comparable` with earlier ones: another subspace has
     been taken off the gradient.
 
-    A slope that is not finite stands out too.
+    A slope that is not finite stands out too; one along a direction of no length is
+    none.
     """
+    told = rate.length > 0
     seen = rate.steps  # slopes so far, plus one: the first step has none before it
     first = seen <= 1
     memory = jnp.minimum(_MEMORY, 1 - 1 / jnp.maximum(seen, 1).astype(jnp.float32))
     limit = rate.slope_mean + _DEVIATIONS * rate.slope_deviation
     # With curvature h the slope after a step of scale s is below s h, however long.
-    steep = (rate.bend > 0) & ~(slope <= rate.taken * rate.bend * rate.length)
+    uphill = jnp.maximum(rate.ahead, 0.0)
+    steep = (rate.bend > 0) & ~(slope <= uphill + rate.taken * rate.bend * rate.length)
     alarm = (seen > _SETTLED) & ~(slope <= limit) | (seen < EARLY_STEPS) & steep
-    alarm &= comparable
+    alarm &= ~(slope + rate.ahead <= 0)
+    rising = ~(slope <= rate.slope) & (jnp.isfinite(slope) | jnp.isfinite(rate.slope))
+    alarm &= comparable & rising & told
 
     # Winsorised: what stands out moves the statistics no further than the limit.
     low = rate.slope_mean - _DEVIATIONS * rate.slope_deviation
     kept = jnp.where(seen > _SETTLED, jnp.clip(slope, low, limit), slope)
     kept = jnp.where(jnp.isfinite(kept), kept, rate.slope_mean)
+    start = jnp.where(seen > _SETTLED, jnp.minimum(rate.ahead, limit), rate.ahead)
+    start = jnp.where(jnp.isfinite(start), start, rate.slope_mean)
     mean = jnp.where(first, kept, memory * rate.slope_mean + (1 - memory) * kept)
     deviation = jnp.where(
         first,
@@ -142,9 +165,10 @@ def observe(
     def unless_cut(x: Array) -> Array:
         return jnp.where(alarm, 0.0, x)
 
-    return rate._replace(
+    new = rate._replace(
         scale=jnp.where(alarm, 0.5 * rate.scale, rate.scale),
         slope_sum=unless_cut(rate.slope_sum + kept),
+        ahead_sum=unless_cut(rate.ahead_sum + start),
         length_sum=unless_cut(rate.length_sum + rate.length),
         slope_count=unless_cut(rate.slope_count + 1),
         slope_mean=mean,
@@ -156,7 +180,12 @@ def observe(
             alarm, jnp.maximum(rate.scale, rate.before_cut), rate.before_cut
         ),
         cuts=rate.cuts + alarm.astype(jnp.int32),
+        slope=slope,
+        reach=_reach.cut(rate.reach, alarm),
     )
+    kept_scalars, old = (x._replace(direction=()) for x in (new, rate))
+    chosen = jax.tree.map(lambda a, b: jnp.where(told, a, b), kept_scalars, old)
+    return chosen._replace(direction=rate.direction)
 
 
 def _period(steps: Array, often: Array | bool) -> Array:
@@ -189,6 +218,7 @@ def _reset(rate: RateState) -> RateState:
     """Returns the rule with all slopes so far forgotten, as after every probe."""
     return rate._replace(
         slope_sum=jnp.zeros_like(rate.slope_sum),
+        ahead_sum=jnp.zeros_like(rate.ahead_sum),
         length_sum=jnp.zeros_like(rate.length_sum),
         slope_count=jnp.zeros_like(rate.slope_count),
         probed=rate.steps,
@@ -203,10 +233,12 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     nothing.
     """
     taken = rate.taken
-    slope = rate.slope_sum / jnp.where(rate.length_sum > 0, rate.length_sum, 1.0)
+    total = jnp.where(rate.length_sum > 0, rate.length_sum, 1.0)
+    slope, start = rate.slope_sum / total, rate.ahead_sum / total
     past = jnp.minimum(_AVERAGE * rate.weight, _AVERAGE / (1 - _AVERAGE) * length)
     share = past / jnp.where(past + length > 0, past + length, 1.0)
-    descent = share * rate.descent + (1 - share) * (taken * bend - slope)
+    found = jnp.minimum(taken * bend - slope, -start)
+    descent = share * rate.descent + (1 - share) * found
     bends = share * rate.bend + (1 - share) * bend
     best = descent / jnp.where(bends > 0, bends, 1.0)
     best = jnp.where(bends > 0, best, jnp.where(descent > 0, jnp.inf, rate.scale))
@@ -237,12 +269,16 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
         aim > rate.scale, grown, jnp.where(aim < taken, shrunk, rate.scale)
     )
     usable = jnp.isfinite(bend) & (length > 0) & (rate.slope_count > 0)
+    usable &= jnp.isfinite(length)
     scale = jnp.where(usable, scale, rate.scale)
+    proved = jnp.where(usable, jnp.minimum(scale, aim) * jnp.sqrt(length), 0.0)
+    reach = rate.reach
     return _reset(
         rate._replace(
             scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),
             descent=jnp.where(usable, descent, rate.descent),
             bend=jnp.where(usable, bends, rate.bend),
             weight=jnp.where(usable, past + length, rate.weight),
+            reach=reach._replace(measured=jnp.maximum(reach.measured, proved)),
         )
     )

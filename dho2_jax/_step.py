@@ -31,13 +31,14 @@ import jax
 import jax.numpy as jnp
 
 from dho2_jax import _linalg as linalg
+from dho2_jax import _proposal as proposals
 from dho2_jax import _rate
 from dho2_jax import _subspace as subspaces
 from dho2_jax._layout import Packed
 from dho2_jax._products import Products
+from dho2_jax._proposal import Proposal
 from dho2_jax._slices import on_slices
 from dho2_jax._state import (
-    Anchor,
     CurvatureState,
     Probe,
     is_active,
@@ -46,7 +47,6 @@ from dho2_jax._state import (
 from dho2_jax._types import Array, Inner
 
 _FLOOR = 0.01  # least |lambda| over the largest, under a curvature-set rate
-_VANISHED = 1e-6  # share of the subspace's gradient below which the complement is zero
 
 
 class Rates(NamedTuple):
@@ -102,7 +102,9 @@ def join(
     rates: Rates,
     products: Products | None,
     probe: Probe | None = None,
-) -> tuple[Packed, CurvatureState]:
+    *,
+    tried: bool = False,
+) -> tuple[Packed, Proposal, CurvatureState]:
     """Joins the base optimizer's update d with the Newton step.
 
     Args:
@@ -112,9 +114,11 @@ def join(
       rates: The hyper-parameters.
       products: The curvature at the parameters, for the rate's probes, if there is one.
       probe: With a staggered refresh, what was measured along the last step instead.
+      tried: Whether the caller tries a bold step on the loss. Static.
 
     Returns:
-      The update, in the dtypes of d, and the state after the step.
+      The update, in the dtypes of d; what `settle` must know of it; and the state
+      after it, but for that.
     """
     config, space, layout = state.config, state.subspace, layout_of_state(state)
     rows, active = space.eigenvectors, parts.active
@@ -124,7 +128,8 @@ def join(
         # and V: at 1e8 numbers on an H200 2.4 ms, against 1.7 and two stacks of 0.2.
         parts, steps = linalg.together((parts, steps))
     seen = on_slices(layout, _measure, rows, parts, steps, last)
-
+    length = jnp.sqrt(_length_outside(seen))
+    inside = seen.inside
     if state.rate is None:
         rate, floor = None, 0.0
         spread = subspaces.spread_of_largest(
@@ -135,43 +140,38 @@ def join(
         scale, rate = _set_rate(state, active, steps, seen, rates, products, probe)
         floor = _FLOOR
 
-    momentum = _next_momentum(state, seen.inside, rates.decay)
+    if rate is not None:
+        # One gradient that is not finite shall not get into u.
+        inside = jnp.where(jnp.all(jnp.isfinite(inside)), inside, 0.0)
+    momentum = _next_momentum(state, inside, rates.decay)
     momentum = jnp.where(active, momentum, 0.0)
     inverse = subspaces.newton_scale(space.eigenvalues, active, rates.damping, floor)
     newton = rates.newton * momentum * inverse
-    if rate is not None:
-        # The momentum is shortened too: charged while it could not act, it would
-        # overshoot once it can.
-        factor = _shortening(newton, momentum, seen, scale)
-        newton, momentum = factor * newton, factor * momentum
-        newton = jnp.where(scale > 0, newton, 0.0)
 
-    inside = scale * seen.overlap + newton
     if rate is None:
-        updates = on_slices(layout, _move, rows, inside, steps, scale, rates.schedule)
-    else:
-        both = jnp.stack([inside, seen.overlap])
-        updates, outside = on_slices(
-            layout, _move_and_project, rows, both, steps, scale, rates.schedule
-        )
-        rate = rate._replace(direction=outside)
-    length = rates.schedule * jnp.sqrt(
-        scale**2 * _length_outside(seen) + jnp.sum(newton**2)
+        proposal = proposals.free(scale, newton, momentum, length)
+        coefs = proposal.scale * seen.overlap + proposal.newton
+        updates = on_slices(layout, _move, rows, coefs, steps, scale, rates.schedule)
+        return updates, proposal, state
+    assert state.rate is not None and seen.slope_ahead is not None
+    complement = jnp.sqrt(seen.complement_square)
+    proposal, rate = proposals.bound(
+        rate,
+        scale,
+        newton,
+        momentum,
+        proposals.Measures(length, seen.slope_ahead, inside, complement),
+        rates.schedule,
+        use=jnp.any(active),
+        fresh=(state.counters.attempted_at == state.count) | (state.rate.steps == 0),
+        tried=tried,
     )
-    state = _travel(state, length)
-    return updates, state._replace(momentum=momentum, base_scaling=scale, rate=rate)
-
-
-def _travel(state: CurvatureState, length: Array) -> CurvatureState:
-    """Adds the length of an update to the paths since the anchors."""
-
-    def longer(anchor: Anchor) -> Anchor:
-        return anchor._replace(path=anchor.path + length)
-
-    sweep = state.sweep
-    if sweep is not None:
-        sweep = sweep._replace(start=longer(sweep.start))
-    return state._replace(anchor=longer(state.anchor), sweep=sweep)
+    scale = proposal.scale
+    both = jnp.stack([scale * seen.overlap + proposal.newton, seen.overlap])
+    updates, outside = on_slices(
+        layout, _move_and_project, rows, both, steps, scale, rates.schedule
+    )
+    return updates, proposal, state._replace(rate=rate._replace(direction=outside))
 
 
 def _measure(
@@ -280,14 +280,15 @@ def _set_rate(
 
     rate = rate._replace(scale=jnp.minimum(rate.scale, rates.cap))
     scale = jnp.where(use, rate.scale, 1.0)
+    length = _length_outside(seen)
     if probe is not None:
         # The first step under the rule only measures: what it would be is known to the
         # next, which can then ask for the curvature along it.
         scale = jnp.where(use & ~started, 0.0, scale)
     return scale, rate._replace(
         steps=rate.steps + use.astype(jnp.int32),
-        length=_length_outside(seen),
-        taken=rates.schedule * scale,
+        length=jnp.where(jnp.isfinite(length), length, 0.0),
+        ahead=slope_ahead,
     )
 
 
@@ -306,27 +307,6 @@ def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:
     if kind == "nesterov":
         return beta**2 * momentum + (1 + beta) * inside
     return beta * momentum + (1 - beta) * inside
-
-
-def _shortening(newton: Array, momentum: Array, seen: Measured, scale: Array) -> Array:
-    """Returns the factor that keeps the Newton part within the base's own reach.
-
-    The base turns a gradient of norm |g2| into a step of norm s |d|. The Newton part
-    may be as long as that, or as long as the base would make it of u in place of g2,
-    whichever is longer; the second lets the subspace go on when the complement has
-    converged first. A base that does not move at all sets no bound.
-    """
-    slope = jnp.sqrt(seen.complement_square)
-    reach = scale * jnp.sqrt(_length_outside(seen))
-    size, own = _norm(momentum), _norm(newton)
-    bounded = (slope > _VANISHED * size) & (reach > 0) & (own > 0)
-    reach *= jnp.maximum(1.0, size / jnp.where(bounded, slope, 1.0))
-    factor = jnp.minimum(1.0, reach / jnp.where(own > 0, own, 1.0))
-    return jnp.where(bounded, factor, 1.0)
-
-
-def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x**2))
 
 
 def _pick(condition: Array, a: Any, b: Any) -> Any:

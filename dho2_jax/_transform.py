@@ -10,7 +10,9 @@ import optax
 
 from dho2_jax import _base as bases
 from dho2_jax import _layout as layouts
+from dho2_jax import _proposal as proposals
 from dho2_jax import _step as stepping
+from dho2_jax import _trial as trials
 from dho2_jax._config import check_number, make_config
 from dho2_jax._curvature import check_params
 from dho2_jax._products import check_source, products_at
@@ -258,13 +260,19 @@ def dho2(
             params,
             extra_args,
         )
-        vector, ours = stepping.join(ours, parts, steps, rates, products, probe)
-        ours = ours._replace(count=optax.safe_increment(ours.count))
-        new_updates = layouts.map_outside(
-            lambda x: (rates.schedule * x).astype(x.dtype),
-            merge(gather(vector, dtypes)),
-            layout,
+        value = trials.value_at(config, layout, params, value_fn)
+        vector, proposal, ours = stepping.join(
+            ours, parts, steps, rates, products, probe, tried=value is not None
         )
+
+        reach = None if ours.rate is None else ours.rate.reach
+        part = gather(vector, dtypes)
+        part, trial = trials.attempt(reach, proposal, part, value)
+        new_updates = layouts.map_outside(
+            lambda x: (rates.schedule * x).astype(x.dtype), merge(part), layout
+        )
+        ours = proposals.settle(ours, proposal, rates.schedule, trial)
+        ours = ours._replace(count=optax.safe_increment(ours.count))
         return new_updates, DHO2State(base_state, lay_out(layout, ours))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -20,21 +20,30 @@ class PlainRule:
         self.mean = self.deviation = 0.0
         self.descent = self.bend = self.weight = self.before_cut = 0.0
         self.cuts = 0
+        self.before, self.starts = 0.0, []
 
-    def observe(self, slope, length):
+    def observe(self, slope, ahead, length):
         settled = self.steps > 10
         limit = self.mean + 8 * self.deviation
-        steep = self.bend > 0 and not slope <= self.taken * self.bend * length
+        explained = max(ahead, 0) + self.taken * self.bend * length
+        steep = self.bend > 0 and not slope <= explained
+        rising = not slope <= self.before
+        rising &= bool(np.isfinite(slope) or np.isfinite(self.before))
+        uphill = not slope + ahead <= 0  # higher up at the end than down at the start
+        self.before = slope
         kept = np.clip(slope, 2 * self.mean - limit, limit) if settled else slope
         kept = kept if np.isfinite(kept) else self.mean
-        if (settled and not slope <= limit) or (self.steps < 40 and steep):
+        start = min(ahead, limit) if settled else ahead
+        stands_out = (settled and not slope <= limit) or (self.steps < 40 and steep)
+        if stands_out and rising and uphill:
             self.before_cut = max(self.before_cut, self.s)
             self.s *= 0.5
-            self.slopes, self.lengths = [], []
+            self.slopes, self.starts, self.lengths = [], [], []
             self.descent = self.bend = self.weight = 0.0
             self.cuts += 1
         else:
             self.slopes.append(kept)
+            self.starts.append(start)
             self.lengths.append(length)
         if self.steps <= 1:
             self.mean, self.deviation = kept, abs(kept)
@@ -47,6 +56,7 @@ class PlainRule:
         if self.slopes:
             taken = self.taken
             a = taken * bend - sum(self.slopes) / sum(self.lengths)
+            a = min(a, -sum(self.starts) / sum(self.lengths))
             growing = length > self.weight
             past = min(0.8 * self.weight, 4 * length)
             self.weight = past + length
@@ -77,7 +87,8 @@ class PlainRule:
                 least = 0.5 if growing or taken >= 3 * best else slow
                 self.s *= max(aim / taken, least)
         self.s = min(max(self.s, 1e-12), largest)
-        self.slopes, self.lengths, self.probed = [], [], self.steps
+        self.slopes, self.starts, self.lengths = [], [], []
+        self.probed = self.steps
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -91,13 +102,18 @@ def test_rule_equals_its_plain_statement(seed):
         # Slopes scatter around -1 and now and then stand far out, or are not finite;
         # lengths wander over several orders of magnitude.
         slope, length = rng.normal(-1.0, 0.5), rng.lognormal(0, 2.0)
+        ahead = rng.normal(-2.0, 1.5)
         if rng.random() < 0.06:
             slope = rng.choice([1e3, np.inf, np.nan, -1e3])
+        if rng.random() < 0.03:
+            ahead = rng.choice([1e3, -1e3])
         schedule = 0.5 * (1 + np.cos(np.pi * step / 200))
         plain.taken = schedule * plain.s
-        plain.observe(slope, length)
+        plain.observe(slope, ahead, length)
         rate = rate._replace(
-            taken=jnp.float32(schedule) * rate.scale, length=jnp.float32(length)
+            taken=jnp.float32(schedule) * rate.scale,
+            length=jnp.float32(length),
+            ahead=jnp.float32(ahead),
         )
         rate = observe(rate, jnp.float32(slope))
         due = step % (2 if step < 40 else 10) == 0
@@ -280,7 +296,7 @@ def test_a_schedule_multiplies_the_rule():
 def test_a_spike_is_cut_and_forgotten():
     rate = _rate.start(jnp.zeros(()))
     for step in range(1, 30):
-        rate = rate._replace(steps=jnp.int32(step))
+        rate = rate._replace(steps=jnp.int32(step), length=jnp.float32(1.0))
         rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
     cut = _rate.observe(rate, jnp.float32(50.0))
     assert float(cut.scale) == 0.5 * float(rate.scale)
@@ -290,6 +306,50 @@ def test_a_spike_is_cut_and_forgotten():
     assert np.isfinite(float(again.slope_mean))
     calm = _rate.observe(again, jnp.float32(-1.0))
     assert float(calm.scale) == float(again.scale)
+    # A second one that is not finite says nothing that the first has not.
+    assert float(_rate.observe(again, jnp.float32(jnp.nan)).scale) == float(again.scale)
+
+
+def observed(ahead, slope, slopes=30):
+    """s after steady slopes, then one that stands out, of a step that began `ahead`."""
+    rate = _rate.start(jnp.zeros(()))
+    for step in range(1, slopes):
+        rate = rate._replace(steps=jnp.int32(step), length=jnp.float32(1.0))
+        rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
+    rate = rate._replace(ahead=jnp.float32(ahead))
+    return _rate.observe(rate, jnp.float32(slope))
+
+
+@pytest.mark.parametrize("slopes", [30, 60])  # before and after the early steps
+def test_only_a_step_that_raised_the_loss_is_cut(slopes):
+    """It went down as steeply as it came up: another length would be no better."""
+    assert float(observed(ahead=-60.0, slope=50.0, slopes=slopes).scale) == 1.0
+    assert float(observed(ahead=-40.0, slope=50.0, slopes=slopes).scale) == 0.5
+
+
+def test_a_slope_that_no_longer_rises_is_not_cut_again():
+    """Else momentum that points uphill for a while takes s to nothing."""
+    rate = observed(ahead=0.0, slope=50.0)
+    for slope in (40.0, 30.0, 30.0):
+        rate = _rate.observe(rate, jnp.float32(slope))
+    assert float(rate.scale) == 0.5
+    assert float(_rate.observe(rate, jnp.float32(80.0)).scale) == 0.25
+
+
+def test_a_direction_of_no_length_tells_nothing():
+    rate = observed(ahead=0.0, slope=-1.0)._replace(length=jnp.float32(0.0))
+    after = _rate.observe(rate, jnp.float32(1e6))
+    jax.tree.map(np.testing.assert_array_equal, after, rate)
+
+
+def test_momentum_that_points_uphill_early_is_not_cut():
+    """The slope was there before the step: a shorter one would not have less."""
+    rate = _rate.start(jnp.zeros(()))._replace(
+        steps=jnp.int32(5), length=jnp.float32(1.0), bend=jnp.float32(1.0)
+    )
+    rate = rate._replace(taken=jnp.float32(1.0), ahead=jnp.float32(3.0))
+    assert float(_rate.observe(rate, jnp.float32(3.9)).scale) == 1.0
+    assert float(_rate.observe(rate, jnp.float32(4.1)).scale) == 0.5
 
 
 def quadratic_16(x):

@@ -110,6 +110,21 @@ def restore(
         return found[STATE]["params"], found[STATE]["opt_state"], progress
 
 
+def restore_last(
+    manager: Manager, params: Any, state: Any
+) -> tuple[Any, Any, Progress] | None:
+    """Reads what was last saved, waiting for it to be written; None: nothing was.
+
+    Args:
+      manager: From `open_manager`.
+      params: As for `restore`.
+      state: Likewise.
+    """
+    manager.wait_until_finished()
+    step = manager.latest_step()
+    return None if step is None else restore(manager, step, params, state)
+
+
 @contextlib.contextmanager
 def _reading(directory: pathlib.Path, step: int) -> Iterator[None]:
     """Says in one sentence which checkpoint cannot be read, and what to do."""

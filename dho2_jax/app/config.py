@@ -32,6 +32,7 @@ RUN_DEFAULTS: dict[str, Any] = {
     "eval_every": 50,
     "checkpoint_every": 500,  # updates; at the end and by Ctrl-C too; 0: never
     "keep_checkpoints": 2,
+    "lost_factor": 10.0,  # over its best val_loss: a run goes back to a checkpoint
     "resume": "auto",  # or "never", or the directory of a run to go on with
     "train_base": True,
     "base_schedule": "constant",
@@ -43,7 +44,7 @@ RUN_DEFAULTS: dict[str, Any] = {
 # Those that may change in a run: where it computes and what it keeps.
 FREE = (
     *("workdir", "resume", "num_seeds", "checkpoint_every", "keep_checkpoints"),
-    *("mesh_shape", "mesh_axes", "param_sharding"),
+    *("lost_factor", "mesh_shape", "mesh_axes", "param_sharding"),
 )
 REQUIRED: dict[str, type] = {
     "steps": int,
@@ -261,11 +262,12 @@ def validate(config: Config) -> None:
     for name in (*counts, "keep_checkpoints"):
         if config[name] < 1:
             raise UserError(f"`config.{name}` must be at least 1, got {config[name]}.")
-    if config.checkpoint_every < 0:
-        raise UserError(
-            "`config.checkpoint_every` must not be negative, got "
-            f"{config.checkpoint_every}; 0 saves no checkpoints."
-        )
+    if (every := config.checkpoint_every) < 0:
+        rule = f"must not be negative, got {every}; 0 saves no checkpoints"
+        raise UserError(f"`config.checkpoint_every` {rule}.")
+    if (factor := config.lost_factor) != 0 and not factor > 1:
+        rule = f"must be above 1, or 0, got {factor}; 0 never goes back"
+        raise UserError(f"`config.lost_factor` {rule}.")
     for name, value in config.task.items():
         if type(value) is int and value < 1:
             raise UserError(f"`config.task.{name}` must be at least 1, got {value}.")

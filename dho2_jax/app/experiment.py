@@ -226,9 +226,13 @@ def run_one(
                     f"in {saved}.",
                     file=sys.stderr,
                 )
-        save = None
+
+        def last():
+            return checkpoint.restore_last(manager, *programs.start(np.uint32(seed)))
+
+        save = go_back = None
         if manager is not None and config.checkpoint_every:
-            save = functools.partial(checkpoint.save, manager)
+            save, go_back = functools.partial(checkpoint.save, manager), last
         with writers.open_log(directory, rows) as write:
             return train(
                 experiment.task,
@@ -244,6 +248,8 @@ def run_one(
                 rows=rows,
                 save=save,
                 save_every=config.checkpoint_every,
+                go_back=go_back,
+                lost_factor=config.lost_factor,
             )
 
 

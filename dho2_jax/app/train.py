@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -22,11 +21,9 @@ from tqdm import tqdm
 from dho2_jax.app import distributed
 from dho2_jax.app.optimizers import Optimizer
 from dho2_jax.app.programs import Programs
+from dho2_jax.app.stepper import Stepper
 from dho2_jax.app.task import Task
 from dho2_jax.app.writers import Row
-
-# Batches are made ahead of the loop, by few threads: they share the CPU with it.
-READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 @dataclasses.dataclass
@@ -38,6 +35,7 @@ class Run:
     compile_seconds: float
     rows: list[Row] = dataclasses.field(default_factory=list)
     interrupted: bool = False
+    returns: int = 0  # to a checkpoint, from where the loss had left
 
     def series(self, name: str) -> tuple[list[int], list[float], list[Any]]:
         """Returns steps, seconds and values of the rows that have `name`."""
@@ -69,6 +67,7 @@ def outcome(run: Run) -> Row:
         "final_val_loss": losses[-1],
         "best_val_loss": min(finite, default=math.nan),
         "interrupted": run.interrupted,
+        "returns": run.returns,
     }
 
 
@@ -81,9 +80,12 @@ class Progress(NamedTuple):
     losses: tuple[float, ...] = ()  # since the last row
     rows: int = 0  # written before `step`
     refreshes: int = 0  # that a row has shown
+    best: float = math.inf  # validation loss
 
 
 Save = Callable[[Any, Any, Progress], None]  # params, state, progress
+Saved = tuple[Any, Any, Progress]  # what it was called with
+_RETURNS = 3  # to a checkpoint; what then leaves again is left at the last of them
 
 
 def train(
@@ -97,10 +99,12 @@ def train(
     eval_every: int,
     write: Callable[[Row], None],
     should_stop: Callable[[], bool],
-    resumed: tuple[Any, Any, Progress] | None = None,
+    resumed: Saved | None = None,
     rows: Sequence[Row] = (),
     save: Save | None = None,
     save_every: int = 0,
+    go_back: Callable[[], Saved | None] | None = None,
+    lost_factor: float = 0.0,
 ) -> Run:
     """Trains and reports as it goes.
 
@@ -113,6 +117,11 @@ def train(
     saved while a refresh is under way on other devices, but as soon as it has landed.
     After the last step only, such a refresh is lost: a longer run that goes on from
     there keeps the curvature that it has until the next one.
+
+    A run whose validation loss is not finite, or above `lost_factor` times its best,
+    goes back to what was last saved, or to its beginning, and on from there with other
+    batches; a row says so. It is asked before each saving too, so that nothing is
+    saved that is lost. After three returns it ends at what was last saved.
 
     Args:
       task: The task.
@@ -130,6 +139,8 @@ def train(
       save: Called with parameters, state and progress, which it must copy before it
         returns; None: never.
       save_every: Updates between calls of it, which is called at the end too.
+      go_back: Returns what `save` was last called with; None: never go back.
+      lost_factor: Over the best validation loss; 0: never go back.
 
     Returns:
       The run, with the rows written so far if it was stopped.
@@ -141,16 +152,16 @@ def train(
         params, state, begun = resumed
     losses: list[Any] = [np.float32(loss) for loss in begun.losses]
     advance = Stepper(task, optimizer, programs, seed, begun.position)
-    seconds, refreshes = begun.seconds, begun.refreshes
+    seconds, refreshes, best = begun.seconds, begun.refreshes, begun.best
 
-    def record(done: int, evaluate: bool) -> Row:
+    def record(done: int, value: float | None) -> Row:
         nonlocal refreshes
         row: Row = {"step": done, "seconds": seconds}
         if losses:
             values = jax.device_get(losses)
             row["train_loss"] = float(sum(values) / len(values))
-        if evaluate:
-            row["val_loss"] = float(programs.evaluate(params))
+        if value is not None:
+            row["val_loss"] = value
         if programs.observe is not None:
             metrics, (eigenvalues, valid) = jax.device_get(programs.observe(state))
             row |= {name: value.item() for name, value in metrics.items()}
@@ -165,7 +176,16 @@ def train(
     def progress(done: int) -> Progress:
         values = tuple(float(x) for x in jax.device_get(losses))
         position = advance.position()
-        return Progress(done, seconds, position, values, len(run.rows), refreshes)
+        rows = len(run.rows)
+        return Progress(done, seconds, position, values, rows, refreshes, best)
+
+    def evaluate() -> tuple[float, bool]:
+        """Returns the validation loss, and whether the run is lost by it."""
+        nonlocal best
+        value = float(programs.evaluate(params))
+        lost = not value <= lost_factor * best and math.isfinite(best)
+        best = min(best, value) if math.isfinite(value) else best
+        return value, lost and lost_factor > 0 and go_back is not None
 
     def is_logged(done: int) -> bool:
         return done == steps or done % log_every == 0 or done % eval_every == 0
@@ -174,7 +194,7 @@ def train(
         return done == steps or done % eval_every == 0
 
     if is_logged(begun.step):
-        record(begun.step, is_evaluated(begun.step))
+        record(begun.step, evaluate()[0] if is_evaluated(begun.step) else None)
     with tqdm(
         total=steps,
         initial=begun.step,
@@ -185,9 +205,9 @@ def train(
     ) as bar:
         start, shown, saving = time.perf_counter(), begun.step, False
         run.interrupted = should_stop()  # pressed while the programs compiled
-        for done in range(begun.step + 1, steps + 1):
-            if run.interrupted:
-                break
+        done = begun.step
+        while done < steps and not run.interrupted:
+            done += 1
             params, state, loss = advance(done - 1, params, state)
             losses.append(loss)
             settled = save is None or not advance.is_pending()
@@ -198,11 +218,35 @@ def train(
             if last or save_now or is_logged(done):
                 jax.block_until_ready((params, state))
                 seconds += time.perf_counter() - start
+                value, lost = None, False
+                if last or save_now or is_evaluated(done):
+                    value, lost = evaluate()
+                if lost:
+                    assert go_back is not None
+                    found = go_back() or (*programs.start(np.uint32(seed)), Progress())
+                    params, state, saved = found
+                    run.returns += 1
+                    _say_lost(run, bar, value, best, done, saved.step)
+                    row = {"step": done, "seconds": seconds, "val_loss": value}
+                    run.rows.append(row | {"returned_to": saved.step})
+                    write(run.rows[-1])
+                    losses.clear()
+                    advance.forget()
+                    done, refreshes, saving = saved.step, saved.refreshes, False
+                    last = run.interrupted or run.returns > _RETURNS
+                    if last:
+                        record(done, evaluate()[0])
+                        break
+                    bar.update(done - shown)
+                    shown = done
+                    start = time.perf_counter()
+                    continue
                 if save is not None and save_now:
                     save(params, state, progress(done))
                     saving = False
                 if last or is_logged(done):
-                    row = record(done, last or is_evaluated(done))
+                    shows = last or is_evaluated(done)
+                    row = record(done, value if shows else None)
                     bar.set_postfix_str(_progress(row), refresh=False)
                     bar.update(done - shown)
                     shown = done
@@ -210,79 +254,20 @@ def train(
     return run
 
 
-class Stepper:
-    """Does one step of a run after another, the curvature's share of it included.
-
-    It holds what must be remembered between steps, and waits for no device.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        optimizer: Optimizer,
-        programs: Programs,
-        seed: int,
-        position: dict[str, Any] | None = None,
-    ):
-        """Prepares the first step, which may be any with the `position` of its batch.
-
-        Args:
-          task: The task.
-          optimizer: The optimizer.
-          programs: Compiled for both.
-          seed: Of the batches.
-          position: Where the data iterator stands; None: at its beginning.
-        """
-        self._task, self._optimizer, self._programs = task, optimizer, programs
-        self._seed = seed
-        dataset = task.dataset.batches(seed)
-        self._batches = iter(dataset.to_iter_dataset(READING))
-        if position is not None:
-            self._batches.set_state(position)
-        self._part, self._sweep = (), None  # a sweep's curvature batch, and its number
-        self._pending, self._due = None, None  # a refresh elsewhere; when it lands
-
-    def __call__(self, step: int, params: Any, state: Any) -> tuple[Any, Any, Any]:
-        """Returns parameters, state and loss after a step; steps follow each other."""
-        optimizer, programs = self._optimizer, self._programs
-        on_host = next(self._batches)
-        batch = programs.place(on_host)
-        refresh_at, launch_at = optimizer.refresh_at, optimizer.launch_at
-        if programs.refresh is not None and refresh_at is not None and refresh_at(step):
-            state = programs.refresh(state, params, batch)
-        if programs.overlap is not None and step == self._due:
-            state, self._pending = programs.overlap.land(state, self._pending), None
-        if programs.overlap is not None and launch_at is not None and launch_at(step):
-            self._pending = programs.overlap.launch(state, params, on_host)
-            self._due = step + optimizer.land_after
-        return programs.step(params, state, batch, *self._part_of(step))
-
-    def is_pending(self) -> bool:
-        """Returns whether a refresh is under way that no state knows of."""
-        return self._pending is not None
-
-    def position(self) -> dict[str, Any]:
-        """Returns where the data iterator stands."""
-        return self._batches.get_state()
-
-    def _part_of(self, step: int) -> tuple[Any, ...]:
-        """Returns the curvature batch of a staggered sweep, or nothing."""
-        programs, sweep_of = self._programs, self._optimizer.sweep_of
-        if programs.take_part is None or sweep_of is None:
-            return ()
-        if not self._part or sweep_of(step) != self._sweep:
-            # That of its first step, also where a run is resumed in mid-sweep.
-            self._sweep, first = sweep_of(step), step
-            while first > 0 and sweep_of(first - 1) == self._sweep:
-                first -= 1
-            then = self._task.dataset.train_batch(self._seed, first)
-            self._part = (programs.take_part(programs.place(then)),)
-        return self._part
+def _say_lost(run: Run, bar: Any, value: Any, best: float, done: int, to: int) -> None:
+    """Says that a run goes back, where the progress bar is."""
+    if not distributed.is_first():
+        return
+    bar.write(
+        f"{run.optimizer.label}: the validation loss has left, {value:.4g} at step "
+        f"{done} for {best:.4g} before; going back to step {to}.",
+        file=sys.stderr,
+    )
 
 
 def _progress(row: Row) -> str:
     """Returns what the progress bar says beside the step count."""
-    parts = [f"loss {row['train_loss']:.4g}"]
+    parts = [f"loss {row['train_loss']:.4g}"] if "train_loss" in row else []
     if "refreshes" in row:
         parts += [f"sharpness {row['sharpness']:.3g}", f"refreshes {row['refreshes']}"]
     return ", ".join(parts)
