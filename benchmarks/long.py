@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long runs: what a step may destroy, and does not.
 
-    python benchmarks/long.py digits equations starts faults    # runs, keeps, prints
-    python benchmarks/long.py report                            # prints what is kept
+    python benchmarks/long.py train digits equations starts faults    # runs and keeps
+    python benchmarks/long.py report                                  # prints that
 
 Every row says the median and the worst, and the base optimizer alone stands beside it:
 a median hides the run that was lost. `--seeds`, `--steps` and `--only TEXT` (rows whose
@@ -410,7 +410,68 @@ def run_faults(args: Any, keep: Callable[[str, Any], None]) -> None:
                 )
 
 
+TRAINED = {  # each at ten times its steps: the base's own tuned rate
+    "digits_mlp": {"adam": 8e-3, "heavy_ball": 0.2, "muon": 2e-2},
+    "patch_autoencoder": {"adam": 2e-3, "heavy_ball": 1.5e-3, "muon": 3e-2},
+    "char_lm": {"adam": 2e-3},
+}
+STARTS = {"adam": 1e-3, "heavy_ball": 1e-2, "muon": 1e-2}
+MODES = {
+    "external": ("mesh_shape=(1,)",),
+    "periodic": ("mesh_shape=(1,)", "optimizer.refresh=periodic"),
+    "staggered": ("mesh_shape=(1,)", "optimizer.refresh=staggered"),
+    "across an axis": (
+        *("optimizer.refresh=staggered", "stagger_axis=data"),
+        *("mesh_shape=(2,)", "mesh_axes=data"),
+    ),
+    "overlapped": ("mesh_shape=(2,)", "curvature_devices=1"),
+}
+
+
+def run_train(args: Any, keep: Callable[[str, Any], None]) -> None:
+    """`dho2 train` of the shipped configs, by the validation loss."""
+    from dho2_jax.app import experiment
+
+    configs = workloads.RESULTS.parents[1] / "configs"
+    for name, bases in TRAINED.items():
+        for base, alone in bases.items():
+            for mode, changes in {"alone": MODES["external"], **MODES}.items():
+                label = f"train {name}, {base}, {mode}"
+                if args.only not in label:
+                    continue
+                path = str(configs / f"{name}.py")
+                steps = args.steps or 10 * experiment.read_config(path, ()).steps
+                fields = (
+                    *(f"steps={steps}", f"optimizer.base={base}", *changes),
+                    f"optimizer.learning_rate={STARTS[base]}",
+                    f"base_learning_rate={alone}",
+                )
+                config = experiment.read_config(path, [f"--config.{x}" for x in fields])
+                built = experiment.build(name, config)
+                chosen = built.base if mode == "alone" else built.dho2
+                programs = experiment.compile_for(built, chosen)
+                runs = []
+                for seed in range(args.seeds or 3):
+                    found = experiment.run_one(
+                        built,
+                        chosen,
+                        programs,
+                        seed=seed,
+                        directory=None,
+                        should_stop=lambda: False,
+                    )
+                    losses = found.series("val_loss")[2]
+                    counts = [found.rows[-1].get(name, 0) for name in COUNTS]
+                    runs.append(
+                        Run(losses[-1], losses[0], min(losses), 0.0, tuple(counts))
+                    )
+                row = _summary(runs)
+                row.pop("rise")
+                keep(label, row)
+
+
 SECTIONS = {
+    "train": run_train,
     "digits": run_digits,
     "equations": run_equations,
     "starts": run_starts,
@@ -435,6 +496,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--only", default="", help="rows whose name has this text")
     args = parser.parse_args()
+    if "train" in args.what:
+        jax.config.update("jax_num_cpu_devices", 3)  # before anything asks for one
     rows: Rows = json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
     def keep(name: str, row: dict[str, Any]) -> None:

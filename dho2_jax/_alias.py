@@ -71,8 +71,7 @@ def dho2_heavy_ball(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float =
 
     Args:
       learning_rate: Of the base; with the curvature-set rate only where it starts.
-      momentum: Decay of the base's trace; above 0.9 the curvature-set rate is not yet
-        safe. All keywords of `dho2` follow.
+      momentum: Decay of the base's trace. All keywords of `dho2` follow.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.

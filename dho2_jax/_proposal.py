@@ -84,7 +84,7 @@ def bound(
     own = scale * seen.length
     share = reaches.within(own, jnp.maximum(reach.base, reach.measured), tried)
     share = jnp.where(use, share, 1.0)
-    # Of what is infinite nothing is taken: neither 0 times it.
+    # Of what is infinite nothing is taken; 0 times it would be no number.
     base = jnp.where(share > 0, share * own, 0.0)
     size = norm(newton)
     known = jnp.where(reach.newton > 0, reach.newton, base)
@@ -136,7 +136,7 @@ def settle(
         if trial is not None:
             reach = reaches.tried(reach, trial, proposal.bold)
         rate = rate._replace(
-            scale=jnp.where(down, jnp.minimum(scale, rate.scale), rate.scale),
+            scale=jnp.where(down, scale / reach.brake, rate.scale),
             taken=schedule * scale,
             reach=reaches.moved(reach, base, newton, bounded),
         )

@@ -100,7 +100,10 @@ def dho2(
         with the first valid subspace (after a step of no length with
         refresh="staggered", which only measures), and then |lambda| has a floor of 0.01
         lambda_max and the Newton part is no longer than the base would have gone on the
-        same gradient. It wins over the rate and any schedule inside the base (it
+        same gradient. No part of a step is longer than 1.2 times what recent steps, or
+        a probe, proved safe; where `value_fn` is given, one that would be, and the
+        first after a refresh, is tried on it, and may be four times as long; uphill,
+        momentum is braked. "fixed" has none of these. It wins over the rate and any schedule inside the base (it
         measures the step and compensates): put schedules into `rate_schedule`. Static.
       rate_schedule: Multiplies the whole update; a cosine here is not fought by the
         curvature-set rate.
@@ -139,8 +142,8 @@ def dho2(
     Returns:
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
       ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic
-      or a staggered refresh, used with an external one to probe the curvature-set rate.
-      It need not be the training loss: a quarter of the batch serves. A staggered one
+      or a staggered refresh, used with an external one to probe the curvature-set rate
+      and to try bold steps. It need not be the training loss: a quarter of the batch serves. A staggered one
       takes `product` instead, from `staggered_value_and_grad` on the state before.
 
     Raises:
