@@ -230,9 +230,12 @@ def runner(
         def advance(carry, step):
             params, state = carry
             batch = problem.batch(seed, step)
-            part, bad, scale = problem.part(batch), 1.0, 1.0
+            # All products of a sweep are of one function.
+            held = step - step % period if mode == "staggered" else step
+            part, bad, scale = problem.part(problem.batch(seed, held)), 1.0, 1.0
             if faults:
-                batch, part, bad, scale = _faulty(fault, step - when, batch)
+                _, part, _, _ = _faulty(fault, held - when, problem.batch(seed, held))
+                batch, _, bad, scale = _faulty(fault, step - when, batch)
                 swap = (fault == FAULTS.index("other parameters")) & (step == when)
                 params = jax.tree.map(lambda a, b: jnp.where(swap, b, a), params, other)
 
