@@ -88,11 +88,15 @@ def test_steps_of_no_length_do_not_shorten_the_next():
 
 
 def test_what_a_probe_found_may_be_gone():
-    """Growth by measured curvature is no leap: s finds its way from far below."""
+    """Growth by measured curvature is no leap, with or without a loss to try it on."""
     tx = dho2_jax.dho2(optax.sgd(1e-7), num_largest=2, refresh="external")
     x, _, states = run(tx, quadratic, jnp.ones(16), 60, value=True)
     assert float(quadratic(x)) < 0.1 * float(quadratic(jnp.ones(16)))
     assert float(rate_of(states[-1]).scale) > 1e5
+    # Here only a refresh probes: s grows fourfold there, and so does the step.
+    _, lengths, states = run(tx, quadratic, jnp.ones(16), 32, refresh_at=(0, 30))
+    outside = [float(rate_of(state).reach.base) for state in states]
+    assert outside[30] > 3.9 * outside[29]
 
 
 @pytest.mark.parametrize("value", [False, True])
