@@ -103,8 +103,9 @@ def dho2(
         same gradient. No part of a step is longer than 1.2 times what recent steps, or
         a probe, proved safe; where `value_fn` is given, one that would be, and the
         first after a refresh, is tried on it, and may be four times as long; uphill,
-        momentum is braked. "fixed" has none of these. It wins over the rate and any schedule inside the base (it
-        measures the step and compensates): put schedules into `rate_schedule`. Static.
+        momentum is braked. "fixed" has none of these. "curvature" wins over the rate
+        and any schedule inside the base (it measures the step and compensates): put
+        schedules into `rate_schedule`. Static.
       rate_schedule: Multiplies the whole update; a cosine here is not fought by the
         curvature-set rate.
       curvature: "hessian", "ggn" (then `value_fn` is a pair, see `ggn_vp`),
@@ -143,8 +144,9 @@ def dho2(
       An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
       ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic
       or a staggered refresh, used with an external one to probe the curvature-set rate
-      and to try bold steps. It need not be the training loss: a quarter of the batch serves. A staggered one
-      takes `product` instead, from `staggered_value_and_grad` on the state before.
+      and to try bold steps. It need not be the training loss: a quarter of the batch
+      serves. A staggered one takes `product` instead, from `staggered_value_and_grad`
+      on the state before.
 
     Raises:
       ValueError: In one sentence, for an argument out of its range (here), parameters

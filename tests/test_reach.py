@@ -94,7 +94,7 @@ def test_what_a_probe_found_may_be_gone():
     assert float(quadratic(x)) < 0.1 * float(quadratic(jnp.ones(16)))
     assert float(rate_of(states[-1]).scale) > 1e5
     # Here only a refresh probes: s grows fourfold there, and so does the step.
-    _, lengths, states = run(tx, quadratic, jnp.ones(16), 32, refresh_at=(0, 30))
+    states = run(tx, quadratic, jnp.ones(16), 32, refresh_at=(0, 30))[2]
     outside = [float(rate_of(state).reach.base) for state in states]
     assert outside[30] > 3.9 * outside[29]
 
