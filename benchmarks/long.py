@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import workloads
+from contenders import EARLY
 
 import dho2_jax
+from dho2_jax._schedule import is_due  # `should_refresh` for traced steps too
 
 KEPT = workloads.RESULTS / "long.json"
 
@@ -151,7 +153,6 @@ BASES = {
     "AdamW": _over(lambda rate: optax.adamw(rate, weight_decay=1e-4)),
     "Muon": _over(optax.contrib.muon),
 }
-EARLY = (20, 50)
 
 
 # --- faults --------------------------------------------------------------------------
@@ -232,9 +233,10 @@ def runner(
             batch = problem.batch(seed, step)
             # All products of a sweep are of one function.
             held = step - step % period if mode == "staggered" else step
-            part, bad, scale = problem.part(problem.batch(seed, held)), 1.0, 1.0
+            measured = problem.batch(seed, held)
+            part, bad, scale = problem.part(measured), 1.0, 1.0
             if faults:
-                _, part, _, _ = _faulty(fault, held - when, problem.batch(seed, held))
+                _, part, _, _ = _faulty(fault, held - when, measured)
                 batch, _, bad, scale = _faulty(fault, step - when, batch)
                 swap = (fault == FAULTS.index("other parameters")) & (step == when)
                 params = jax.tree.map(lambda a, b: jnp.where(swap, b, a), params, other)
@@ -244,11 +246,10 @@ def runner(
 
             loss, grads = jax.value_and_grad(problem.loss)(params, batch)
             grads = jax.tree.map(lambda g: scale * bad * g, grads)
-            extra = {"value_fn": value} if mode in ("periodic", "staggered") else {}
+            extra = {"value_fn": value} if hybrid else {}
             if mode == "external":
-                extra = {"value_fn": value}
                 state = jax.lax.cond(
-                    _is_due(step, period),
+                    is_due(step, period, EARLY),
                     lambda state: dho2_jax.refresh(state, params, value),
                     lambda state: state,
                     state,
@@ -279,11 +280,6 @@ def runner(
         return Run(final, float(losses[0]), float(best[-1]), float(rise), last)
 
     return run
-
-
-def _is_due(step: Any, period: int) -> Any:
-    early = jnp.any(jnp.array([step == one for one in EARLY]))
-    return (step % period == 0) | early
 
 
 # --- sections ------------------------------------------------------------------------

@@ -183,9 +183,12 @@ def observe(
         slope=slope,
         reach=_reach.cut(rate.reach, alarm),
     )
-    kept_scalars, old = (x._replace(direction=()) for x in (new, rate))
-    chosen = jax.tree.map(lambda a, b: jnp.where(told, a, b), kept_scalars, old)
-    return chosen._replace(direction=rate.direction)
+    return pick(told, new, rate)
+
+
+def pick(condition: Array, a: RateState, b: RateState) -> RateState:
+    """Returns one of two rules."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def _period(steps: Array, often: Array | bool) -> Array:
@@ -268,8 +271,8 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     scale = jnp.where(
         aim > rate.scale, grown, jnp.where(aim < taken, shrunk, rate.scale)
     )
-    usable = jnp.isfinite(bend) & (length > 0) & (rate.slope_count > 0)
-    usable &= jnp.isfinite(length)
+    usable = jnp.isfinite(bend) & jnp.isfinite(length)
+    usable &= (length > 0) & (rate.slope_count > 0)
     scale = jnp.where(usable, scale, rate.scale)
     proved = jnp.where(usable, jnp.minimum(scale, aim) * jnp.sqrt(length), 0.0)
     reach = rate.reach

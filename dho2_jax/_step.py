@@ -25,7 +25,7 @@ for the combination. Where V has changed since, the two differ: g2 of earlier st
 off another V, while all of the base's memory of g is taken off this one.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ from dho2_jax import _rate
 from dho2_jax import _subspace as subspaces
 from dho2_jax._layout import Packed
 from dho2_jax._products import Products
-from dho2_jax._proposal import Proposal
 from dho2_jax._slices import on_slices
 from dho2_jax._state import (
     CurvatureState,
@@ -104,7 +103,7 @@ def join(
     probe: Probe | None = None,
     *,
     tried: bool = False,
-) -> tuple[Packed, Proposal, CurvatureState]:
+) -> tuple[Packed, proposals.Proposal, CurvatureState]:
     """Joins the base optimizer's update d with the Newton step.
 
     Args:
@@ -251,12 +250,14 @@ def _set_rate(
     assert rate is not None and slope is not None and slope_ahead is not None
     use, started = jnp.any(active), rate.steps > 0
     comparable = state.counters.attempted_at != state.count
-    rate = _pick(use & started, _rate.observe(rate, slope, comparable), rate)
+    rate = _rate.pick(use & started, _rate.observe(rate, slope, comparable), rate)
 
     if probe is not None:
         first = _rate.first_scale(rate, slope, probe.bend * rate.length)
         later = _rate.adjust(rate, probe.bend, rate.length, rates.cap)
-        rate = _pick(probe.is_due, _pick(rate.probed == 0, first, later), rate)
+        rate = _rate.pick(
+            probe.is_due, _rate.pick(rate.probed == 0, first, later), rate
+        )
     elif products is not None:
 
         def outside(_, steps, overlap, rows):
@@ -273,7 +274,7 @@ def _set_rate(
             bend, length = products.bend(along)
             first = _rate.first_scale(rate, slope_ahead, bend * length)
             later = _rate.adjust(rate, bend, length, rates.cap)
-            return _pick(started, later, first)
+            return _rate.pick(started, later, first)
 
         due = use & (_rate.is_due(rate) | ~started)
         rate = jax.lax.cond(due, measure, lambda r: r, rate)
@@ -307,7 +308,3 @@ def _next_momentum(state: CurvatureState, inside: Array, beta: Array) -> Array:
     if kind == "nesterov":
         return beta**2 * momentum + (1 + beta) * inside
     return beta * momentum + (1 - beta) * inside
-
-
-def _pick(condition: Array, a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -12,6 +12,7 @@ from dho2_jax import _axes as axes
 from dho2_jax import _layout as layouts
 from dho2_jax import _reach as reaches
 from dho2_jax._config import Config
+from dho2_jax._curvature import is_pair
 from dho2_jax._proposal import Proposal
 from dho2_jax._types import Array, Params
 
@@ -37,7 +38,7 @@ def value_at(
         if new is not None:
             part = optax.apply_updates(part, new)
         at = merge(part)
-        if isinstance(value_fn, tuple):
+        if is_pair(value_fn):
             outputs_fn, loss_fn = value_fn
             found = loss_fn(outputs_fn(at))
         else:
@@ -81,5 +82,4 @@ def attempt(
         return part, reaches.Fit(jnp.ones((), jnp.float32), reach.level, no, no)
 
     # The identity is `false_fun`, as in `maybe_refresh`.
-
     return jax.lax.cond(proposal.bold, attempted, taken, part)

@@ -44,10 +44,10 @@ metrics.jsonl, TensorBoard events, checkpoints, config.json, summary.json and pl
 into config.workdir (default: runs/<name of the config>).
 
 Stopped by Ctrl-C or killed, the same command goes on from the last checkpoint, also on
-other devices (--config.mesh_shape); so does a run whose loss has left its best. A
-finished run, or one with another config, is never written over: a new directory is
-made. --config.resume=never begins anew, --config.resume=DIRECTORY goes on with a run of
-other values, such as more steps. --config.checkpoint_every=0 saves none.
+other devices (--config.mesh_shape); so does a run whose loss has left its best. Nothing
+finished, or of another config, is written over. --config.resume=never begins anew,
+--config.resume=DIRECTORY goes on with other values, such as more steps (without a
+refresh that was under way on other devices). --config.checkpoint_every=0 saves none.
 """
 COMPARE = """\
 Trains the base optimizer alone and DHO² on the same budget with several seeds
@@ -297,11 +297,11 @@ def _spectrum(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _sentence(outcome: dict) -> str:
     """Says in one line what a run came to."""
-    back = outcome["returns"] and f" It went back {outcome['returns']} times."
+    back = f" It went back {outcome['returns']} times." if outcome["returns"] else ""
     return (
         f"{outcome['label']}: validation loss {outcome['final_val_loss']:.4g} after "
         f"{outcome['steps']} steps in {outcome['seconds']:.1f} s "
-        f"(compilation {outcome['compile_seconds']:.1f} s apart).{back or ''}"
+        f"(compilation {outcome['compile_seconds']:.1f} s apart).{back}"
     )
 
 

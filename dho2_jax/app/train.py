@@ -153,6 +153,7 @@ def train(
     losses: list[Any] = [np.float32(loss) for loss in begun.losses]
     advance = Stepper(task, optimizer, programs, seed, begun.position)
     seconds, refreshes, best = begun.seconds, begun.refreshes, begun.best
+    may_return = go_back is not None and lost_factor > 0
 
     def record(done: int, value: float | None) -> Row:
         nonlocal refreshes
@@ -185,7 +186,7 @@ def train(
         value = float(programs.evaluate(params))
         lost = not value <= lost_factor * best and math.isfinite(best)
         best = min(best, value) if math.isfinite(value) else best
-        return value, lost and lost_factor > 0 and go_back is not None
+        return value, lost and may_return
 
     def is_logged(done: int) -> bool:
         return done == steps or done % log_every == 0 or done % eval_every == 0
@@ -219,7 +220,7 @@ def train(
                 jax.block_until_ready((params, state))
                 seconds += time.perf_counter() - start
                 value, lost = None, False
-                if last or save_now or is_evaluated(done):
+                if last or is_evaluated(done) or (save_now and may_return):
                     value, lost = evaluate()
                 if lost:
                     assert go_back is not None
@@ -267,7 +268,7 @@ def _say_lost(run: Run, bar: Any, value: Any, best: float, done: int, to: int) -
 
 def _progress(row: Row) -> str:
     """Returns what the progress bar says beside the step count."""
-    parts = [f"loss {row['train_loss']:.4g}"] if "train_loss" in row else []
+    parts = [f"loss {row['train_loss']:.4g}"]
     if "refreshes" in row:
         parts += [f"sharpness {row['sharpness']:.3g}", f"refreshes {row['refreshes']}"]
     return ", ".join(parts)
