@@ -235,7 +235,7 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     multiplies the rule without being fought by it. A direction of length zero says
     nothing.
     """
-    taken = rate.taken
+    taken, reach = rate.taken, rate.reach
     total = jnp.where(rate.length_sum > 0, rate.length_sum, 1.0)
     slope, start = rate.slope_sum / total, rate.ahead_sum / total
     past = jnp.minimum(_AVERAGE * rate.weight, _AVERAGE / (1 - _AVERAGE) * length)
@@ -251,6 +251,8 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     edge = jnp.where(rate.cuts > 0, safe, jnp.inf)
     further = jnp.maximum(best, jnp.minimum(_REACH * best, edge))
     aim = jnp.where(early | ~(bends > 0), best, further)
+    limit = reach.limit / jnp.sqrt(jnp.where(length > 0, length, 1.0))
+    aim = jnp.where(limit > 0, jnp.minimum(aim, limit), aim)
 
     elapsed = (rate.steps - rate.probed).astype(jnp.float32)
     steps = rate.steps.astype(jnp.float32)
@@ -275,7 +277,6 @@ def adjust(rate: RateState, bend: Array, length: Array, largest: Array) -> RateS
     usable &= (length > 0) & (rate.slope_count > 0)
     scale = jnp.where(usable, scale, rate.scale)
     proved = jnp.where(usable, jnp.minimum(scale, aim) * jnp.sqrt(length), 0.0)
-    reach = rate.reach
     return _reset(
         rate._replace(
             scale=jnp.clip(scale, _SMALLEST, jnp.maximum(largest, _SMALLEST)),

@@ -28,6 +28,16 @@ reasons, such as weight decay): together not much more than one step, while the 
 momentum decays as ever. O'Donoghue and Candes (2015) restart momentum there, which
 needs to know the base.
 
+**At infinity.** A loss like exp(-r / tau), as that of labels which are already told
+apart, has its minimum at infinity. A step to the bottom of the parabola is tau long
+there, at every step, for ever: the loss falls to rounding, and the network becomes sure
+of everything. Gradient descent, whose steps shrink with the gradient, gets there with
+log(steps) only (Soudry et al. 2018). What tells that from a minimum that is somewhere
+is that curvature itself vanishes, while |lambda| of a regression or of a differential
+equation stays. So where the largest |lambda| is below a quarter of what it once was,
+the rate aims no farther than the same share of the longest step (`refreshed`). Both
+maxima fade by 0.02 a refresh.
+
 A length whose square overflows is infinite, and a step of that length is not taken.
 """
 
@@ -45,14 +55,19 @@ _SLOWEST = 1 / 16  # share of the step that is left of it
 _LOST = 0.25  # rise of the loss, over the loss, at which a step is refused
 _SHORTEST = 1 / 64  # share that is then left of it at least
 _MEMORY = 0.8  # of the loss at the last trials
+_VANISHING = 0.25  # share of the largest |lambda| below which curvature vanishes
+_FORGETTING = 0.98  # of what it was, and of the longest step, a refresh
 
 
 class Reach(NamedTuple):
-    """What is proved safe; float32 scalars unless said. 0: nothing is yet."""
+    """What is proved safe; float32 scalars unless said. 0: nothing is yet, or none."""
 
     base: Array  # length of the base's part, s |d|, as taken
     measured: Array  # the same, as a probe found that it could be
     newton: Array  # length of the part in the subspace
+    peak: Array  # the largest |lambda| of the subspaces so far, fading
+    longest: Array  # `base` at the refreshes so far, fading
+    limit: Array  # of the length that the rate aims at
     brake: Array  # share of the base's part that was taken, going uphill
     level: Array  # of the loss at the last trials
     bounded: Array  # bool: whether the last step was
@@ -80,6 +95,9 @@ def start() -> Reach:
         base=zero(),
         measured=zero(),
         newton=zero(),
+        peak=zero(),
+        longest=zero(),
+        limit=zero(),
         brake=jnp.ones((), jnp.float32),
         level=zero(),
         bounded=zero(bool),
@@ -94,6 +112,20 @@ def cut(reach: Reach, alarm: Array) -> Reach:
     return reach._replace(
         base=jnp.where(alarm, 0.5 * reach.base, reach.base),
         measured=jnp.where(alarm, 0.0, reach.measured),
+    )
+
+
+def refreshed(reach: Reach, largest: Array, fresh: Array) -> Reach:
+    """Returns the reach with the largest |lambda| of the subspace, if it is `fresh`."""
+    fresh &= jnp.isfinite(largest) & (largest > 0)
+    peak = jnp.maximum(largest, _FORGETTING * reach.peak)
+    longest = jnp.maximum(reach.base, _FORGETTING * reach.longest)
+    share = largest / jnp.where(fresh, _VANISHING * peak, 1.0)
+    limit = jnp.where(share < 1, share * longest, 0.0)
+    return reach._replace(
+        peak=jnp.where(fresh, peak, reach.peak),
+        longest=jnp.where(fresh, longest, reach.longest),
+        limit=jnp.where(fresh, limit, reach.limit),
     )
 
 

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from dho2_jax import _linalg as linalg
 from dho2_jax import _proposal as proposals
 from dho2_jax import _rate
+from dho2_jax import _reach as reaches
 from dho2_jax import _subspace as subspaces
 from dho2_jax._layout import Packed
 from dho2_jax._products import Products
@@ -251,6 +252,9 @@ def _set_rate(
     use, started = jnp.any(active), rate.steps > 0
     comparable = state.counters.attempted_at != state.count
     rate = _rate.pick(use & started, _rate.observe(rate, slope, comparable), rate)
+    largest = jnp.max(jnp.where(active, jnp.abs(state.subspace.eigenvalues), 0.0))
+    fresh = use & ~comparable
+    rate = rate._replace(reach=reaches.refreshed(rate.reach, largest, fresh))
 
     if probe is not None:
         first = _rate.first_scale(rate, slope, probe.bend * rate.length)

@@ -196,6 +196,28 @@ def run_periodic(tx, loss, x, steps):
     return x
 
 
+@pytest.mark.parametrize("base", [optax.sgd(0.1, momentum=0.9), optax.adam(1e-2)])
+def test_a_minimum_at_infinity_is_not_walked_to(base):
+    """Where labels are told apart x goes on with log(steps), not with steps."""
+    points = jax.random.normal(jax.random.key(0), (32, 6))
+    labels = jnp.sign(points @ jnp.ones(6))
+
+    def separable(x):
+        return jnp.mean(jax.nn.softplus(-labels * (points @ x)))
+
+    tx = dho2_jax.dho2(base, num_largest=2, refresh="external")
+    args = {"value": True, "refresh_at": range(0, 600, 20)}
+    lengths = run(tx, separable, jnp.zeros(6), 600, **args)[1]
+    assert lengths[300:].sum() < 0.2 * lengths[:300].sum()  # 0.6 without
+
+
+def test_a_minimum_somewhere_is():
+    tx = dho2_jax.dho2(optax.adam(1e-2), num_largest=2, refresh="external")
+    args = {"value": True, "refresh_at": range(0, 200, 20)}
+    states = run(tx, quadratic, jnp.ones(16), 200, **args)[2]
+    assert not any(float(rate_of(state).reach.limit) for state in states)
+
+
 # --- the brake -----------------------------------------------------------------------
 
 
