@@ -223,6 +223,13 @@ def runner(
 ) -> Callable[..., Run]:
     """Returns a run of a seed, a rate and a fault at a step; compiled once."""
     hybrid = mode is not None
+    across = mode == "across an axis"
+    if across:
+        svag = dho2_jax.staggered_value_and_grad(
+            lambda params, batch, scale: scale * problem.loss(params, batch),
+            mesh=_mesh(2),
+            stagger_axis="data",
+        )
 
     def whole(params, seed, rate, fault, when):
         tx = optax.with_extra_args_support(make(rate))
@@ -232,7 +239,8 @@ def runner(
             params, state = carry
             batch = problem.batch(seed, step)
             # All products of a sweep are of one function.
-            held = step - step % period if mode == "staggered" else step
+            sweeping = across or mode == "staggered"
+            held = step - step % period if sweeping else step
             measured = problem.batch(seed, held)
             part, bad, scale = problem.part(measured), 1.0, 1.0
             if faults:
@@ -244,9 +252,14 @@ def runner(
             def value(params):
                 return scale * problem.loss(params, part)
 
-            loss, grads = jax.value_and_grad(problem.loss)(params, batch)
-            grads = jax.tree.map(lambda g: scale * bad * g, grads)
-            extra = {"value_fn": value} if hybrid else {}
+            if across:
+                loss, grads, product = svag(params, batch, part, state, scale)
+                loss, grads = loss / scale, jax.tree.map(lambda g: bad * g, grads)
+                extra = {"product": product}
+            else:
+                loss, grads = jax.value_and_grad(problem.loss)(params, batch)
+                grads = jax.tree.map(lambda g: scale * bad * g, grads)
+                extra = {"value_fn": value} if hybrid else {}
             if mode == "external":
                 state = jax.lax.cond(
                     is_due(step, period, EARLY),
@@ -264,11 +277,12 @@ def runner(
         judge = problem.final or (lambda params: problem.loss(params, None))
         return judge(params), traced
 
-    program, init = jax.jit(whole), jax.jit(problem.init)
+    program = jax.jit(whole)
+    start = jax.jit(problem.init, out_shardings=_all(_mesh(2)) if across else None)
 
     def run(seed: int, rate: float, fault: int = 0, when: int = -1) -> Run:
         final, (losses, *counts) = jax.device_get(
-            program(init(seed), seed, jnp.float32(rate), fault, when)
+            program(start(seed), seed, jnp.float32(rate), fault, when)
         )
         losses = np.where(np.isfinite(losses), losses, np.inf).astype(np.float64)
         best = np.minimum.accumulate(losses)
@@ -282,14 +296,73 @@ def runner(
     return run
 
 
+def _mesh(count: int, first: int = 0) -> jax.sharding.Mesh:
+    devices = np.array(jax.devices()[first : first + count])
+    return jax.sharding.Mesh(devices, ("data",))
+
+
+def _all(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def overlapped(
+    problem: Problem, tx: Any, steps: int, period: int
+) -> Callable[..., float]:
+    """Returns a run whose refreshes are made on the next device, by a loop."""
+
+    def at(params, seed, step, fault, when):
+        batch = problem.batch(seed, step)
+        whole, part, bad, scale = _faulty(fault, step - when, batch)
+        swap = (fault == FAULTS.index("other parameters")) & (step == when)
+        other = problem.init(seed + 1000)
+        params = jax.tree.map(lambda a, b: jnp.where(swap, b, a), params, other)
+        return params, whole, (part, scale), bad
+
+    @jax.jit
+    def advance(params, state, seed, step, fault, when):
+        params, batch, (part, scale), bad = at(params, seed, step, fault, when)
+        grads = jax.grad(problem.loss)(params, batch)
+        grads = jax.tree.map(lambda g: scale * bad * g, grads)
+        value = lambda params: scale * problem.loss(params, part)  # noqa: E731
+        updates, state = tx.update(grads, state, params, value_fn=value)
+        return optax.apply_updates(params, updates), state
+
+    measured = jax.jit(lambda *args: at(*args)[2])
+    overlap = dho2_jax.overlapped_refresh(
+        lambda params, batch: batch[1] * problem.loss(params, batch[0]),
+        mesh=_mesh(1, 1),
+        batch_spec=jax.sharding.PartitionSpec(),
+    )
+    start = jax.jit(problem.init, out_shardings=_all(_mesh(1)))
+    begin, judge = jax.jit(tx.init), jax.jit(problem.final)
+
+    def run(seed: int, fault: int, when: int) -> float:
+        params, pending, due = start(seed), None, None
+        state = begin(params)
+        for step in range(steps):
+            args = seed, step, fault, when
+            if step == due:
+                state, pending = overlap.land(state, pending), None
+            if pending is None and is_due(step, period, EARLY):
+                pending = overlap.launch(state, params, measured(params, *args))
+                due = step + 5
+            params, state = advance(params, state, *args)
+        return float(judge(params))
+
+    return run
+
+
 # --- sections ------------------------------------------------------------------------
 
 
 def _hybrid(base: str, mode: str, period: int = 100, k: int = 8) -> Callable:
-    schedule = {} if mode == "external" else {"refresh_period": period}
+    refresh = {"across an axis": "staggered", "overlapped": "external"}.get(mode, mode)
+    more = {} if refresh == "external" else {"refresh_period": period}
     if mode == "periodic":
-        schedule["early_refreshes"] = EARLY
-    return lambda rate: BASES[base][1](rate, num_largest=k, refresh=mode, **schedule)
+        more["early_refreshes"] = EARLY
+    if mode != refresh:
+        more["mesh"] = _mesh(2 if mode == "across an axis" else 1)
+    return lambda rate: BASES[base][1](rate, num_largest=k, refresh=refresh, **more)
 
 
 def _summary(runs: list[Run], own: bool = True) -> dict[str, Any]:
@@ -368,6 +441,9 @@ def run_starts(args: Any, keep: Callable[[str, Any], None]) -> None:
             keep(label, _summary(runs, False))
 
 
+FAULTY = ("periodic", "staggered", "external", "across an axis", "overlapped")
+
+
 def run_faults(args: Any, keep: Callable[[str, Any], None]) -> None:
     """Faults at random steps; 200 steps later the loss over that of the base alone."""
     problem, count = noisy(), args.seeds or 20
@@ -376,25 +452,37 @@ def run_faults(args: Any, keep: Callable[[str, Any], None]) -> None:
     rates = {"gradient descent": 3e-3, "heavy ball": 3e-3, "Adam": 1e-2, "Muon": 1e-2}
     steps = 200  # after the fault
 
+    # Runs end 200 steps after the latest fault: of earlier ones more.
+    length = int(whens.max()) + steps
+
     def finals(base: str, mode: str | None) -> np.ndarray:
         make = _hybrid(base, mode, 50, 4) if mode else BASES[base][0]
-        found = np.zeros((len(FAULTS), count))
         guarded = lambda rate: optax.apply_if_finite(make(rate), 20)  # noqa: E731
-        # Runs end 200 steps after the latest fault: of earlier ones more.
-        length = int(whens.max()) + steps
-        plain = runner(problem, make, length, mode, 50, faults=True)
-        safe = runner(problem, guarded, length, mode, 50, faults=True)
+        if mode == "overlapped":
+            plain, safe = (
+                overlapped(problem, of(rates[base]), length, 50)
+                for of in (make, guarded)
+            )
+        else:
+            plain, safe = (
+                runner(problem, of, length, mode, 50, faults=True)
+                for of in (make, guarded)
+            )
+        found = np.zeros((len(FAULTS), count))
         for i in range(len(FAULTS)):
             run = safe if i in _NOT_FINITE else plain
             for j, when in enumerate(whens):
-                found[i, j] = run(j, rates[base], i, int(when)).final
-        return found
+                if mode == "overlapped":
+                    found[i, j] = run(j, i, int(when))
+                else:
+                    found[i, j] = run(j, rates[base], i, int(when)).final
+        return np.where(np.isfinite(found), found, np.inf)
 
     for base in rates:
         if args.only not in base:
             continue
         alone = finals(base, None)
-        for mode in ("periodic", "staggered", "external"):
+        for mode in args.modes or FAULTY:
             ratio = finals(base, mode) / alone
             for i, fault in enumerate(FAULTS):
                 ratios = np.where(np.isnan(ratio[i]), 1.0, ratio[i])
@@ -494,8 +582,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of each row; None: as documented")
     parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--only", default="", help="rows whose name has this text")
+    parser.add_argument("--modes", nargs="*", help="of the faults; None: all")
     args = parser.parse_args()
-    if "train" in args.what:
+    if {"train", "faults"} & set(args.what):
         jax.config.update("jax_num_cpu_devices", 3)  # before anything asks for one
     rows: Rows = json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
