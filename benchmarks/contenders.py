@@ -15,7 +15,7 @@ import optax
 from workloads import Workload
 
 import dho2_jax
-from dho2_jax._schedule import is_due  # `should_refresh` for traced steps too
+from dho2_jax._numerics.schedules import is_due  # `should_refresh` for traced steps too
 
 try:  # Here and not where it is used: it makes an array, which a trace would keep.
     import psgdax

@@ -24,7 +24,7 @@ import workloads
 from contenders import EARLY
 
 import dho2_jax
-from dho2_jax._schedule import is_due  # `should_refresh` for traced steps too
+from dho2_jax._numerics.schedules import is_due  # `should_refresh` for traced steps too
 
 KEPT = workloads.RESULTS / "long.json"
 

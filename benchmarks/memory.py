@@ -41,8 +41,8 @@ def measure(model: str, chips: int, basis_only: bool) -> None:
     from jax.sharding import AxisType, Mesh
 
     import dho2_jax
-    from dho2_jax._refresh import compute_subspace
-    from dho2_jax._slices import lay_out
+    from dho2_jax._refresh.at_once import compute_subspace
+    from dho2_jax._vectors.slices import lay_out
     from dho2_jax.app import experiment as experiments
     from dho2_jax.app import measure as measuring
     from dho2_jax.app import placement

@@ -33,7 +33,7 @@ import workloads
 from jax.flatten_util import ravel_pytree
 
 import dho2_jax
-from dho2_jax._linalg import tridiagonal
+from dho2_jax._numerics.linalg import tridiagonal
 
 RATES = {"autoencoder": 2e-3, "digits": 1.6e-2, "transformer": 4e-3}
 SEED, AGO, NOW = 200, 200, 300

@@ -8,19 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dho2_jax import _base as bases
-from dho2_jax import _layout as layouts
-from dho2_jax import _proposal as proposals
-from dho2_jax import _step as stepping
-from dho2_jax import _trial as trials
-from dho2_jax._config import check_number, make_config
-from dho2_jax._curvature import check_params
-from dho2_jax._products import check_source, products_at
-from dho2_jax._refresh import maybe_refresh
-from dho2_jax._slices import gather, lay_out, scatter
-from dho2_jax._state import DHO2State, init_curvature, layout_of_state
-from dho2_jax._sweep import advance, make_product
+from dho2_jax._numerics.operators import check_params
+from dho2_jax._refresh.at_once import maybe_refresh
+from dho2_jax._refresh.products import check_source, products_at
+from dho2_jax._refresh.staggered import advance, make_product
+from dho2_jax._state import bases
+from dho2_jax._state.config import check_number, make_config
+from dho2_jax._state.states import DHO2State, init_curvature, layout_of_state
+from dho2_jax._step import algebra, proposals, trials
 from dho2_jax._types import Array, ScalarOrSchedule
+from dho2_jax._vectors import layouts
+from dho2_jax._vectors.slices import gather, lay_out, scatter
 
 _FOSI_CLIP = 3.0
 
@@ -248,14 +246,14 @@ def dho2(
             if config.refresh == "periodic":
                 ours = maybe_refresh(ours, part, products)
 
-        rates = stepping.Rates(
+        hyper = algebra.Hyper(
             newton=_at(newton_learning_rate, ours.count),
             decay=_at(subspace_decay, ours.count),
             damping=_at(damping, ours.count),
             cap=_at(max_base_scaling, ours.count),
             schedule=_at(rate_schedule, ours.count),
         )
-        parts = stepping.split(ours, scatter(layout, grads), linear_base)
+        parts = algebra.split(ours, scatter(layout, grads), linear_base)
         dtypes, merge, steps, base_state = bases.update(
             base,
             ours.config,
@@ -266,17 +264,17 @@ def dho2(
             extra_args,
         )
         value = trials.value_at(config, layout, params, value_fn)
-        vector, proposal, ours = stepping.join(
-            ours, parts, steps, rates, products, probe, tried=value is not None
+        vector, proposal, ours = algebra.join(
+            ours, parts, steps, hyper, products, probe, tried=value is not None
         )
 
         reach = None if ours.rate is None else ours.rate.reach
         part = gather(vector, dtypes)
         part, trial = trials.attempt(reach, proposal, part, value)
         new_updates = layouts.map_outside(
-            lambda x: (rates.schedule * x).astype(x.dtype), merge(part), layout
+            lambda x: (hyper.schedule * x).astype(x.dtype), merge(part), layout
         )
-        ours = proposals.settle(ours, proposal, rates.schedule, trial)
+        ours = proposals.settle(ours, proposal, hyper.schedule, trial)
         ours = ours._replace(count=optax.safe_increment(ours.count))
         return new_updates, DHO2State(base_state, lay_out(layout, ours))
 

@@ -17,7 +17,7 @@ from helpers import (
 )
 
 import dho2_jax
-from dho2_jax import _curvature as curvature
+from dho2_jax._numerics import operators
 
 LOSS, PARAMS = mlp((4, 6, 3), batch=20, seed=1)
 
@@ -87,12 +87,12 @@ def test_ggn_product_against_dense(gauss_newton, hessian, linearize):
     assert error(product, hessian @ flat(v)) > 0.1
 
 
-@pytest.mark.parametrize("name", list(curvature.OPERATORS))
+@pytest.mark.parametrize("name", list(operators.OPERATORS))
 def test_curvature_along_a_direction(hessian, gauss_newton, name):
     v = direction()
     matrix = gauss_newton if name == "ggn" else hessian
     value_fn = (LOSS.outputs_fn, LOSS.loss_fn) if name == "ggn" else LOSS
-    found = jit(lambda p, v: curvature.directional_curvature(name, value_fn, p, v))(
+    found = jit(lambda p, v: operators.directional_curvature(name, value_fn, p, v))(
         PARAMS, v
     )
     expected = flat(v) @ matrix @ flat(v)
@@ -100,12 +100,12 @@ def test_curvature_along_a_direction(hessian, gauss_newton, name):
     np.testing.assert_allclose(found, expected, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", list(curvature.OPERATORS))
+@pytest.mark.parametrize("name", list(operators.OPERATORS))
 def test_bfloat16_parameters_give_float32_products(hessian, gauss_newton, name):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     value_fn = (LOSS.outputs_fn, LOSS.loss_fn) if name == "ggn" else LOSS
     v = direction()
-    product = jit(lambda p, v: curvature.build_matvec(name, value_fn, p)(v))(params, v)
+    product = jit(lambda p, v: operators.build_matvec(name, value_fn, p)(v))(params, v)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(product))
     matrix = gauss_newton if name == "ggn" else hessian
     # bfloat16 has three digits less than float32, and a difference of gradients at a
@@ -201,7 +201,7 @@ def test_custom_vjp_loss_is_told_of_reverse_over_reverse_which_works():
         with pytest.raises(ValueError, match="use curvature='reverse_over_reverse'"):
             dho2_jax.hvp(loss, WEIGHTS, linearize=linearize)(RAMP)
     with pytest.raises(ValueError, match="use curvature='reverse_over_reverse'"):
-        curvature.directional_curvature("hessian", loss, WEIGHTS, RAMP)
+        operators.directional_curvature("hessian", loss, WEIGHTS, RAMP)
     product = dho2_jax.hvp_reverse_over_reverse(loss, WEIGHTS)(RAMP)
     assert error(product, reference_with_rule()) < 1e-5
 
@@ -213,7 +213,7 @@ def test_a_backward_without_derivative_is_told_of_central_difference(kind):
     with pytest.raises(ValueError, match="'central_difference'"):
         dho2_jax.hvp(loss, WEIGHTS)(RAMP)
     with pytest.raises(ValueError, match="'central_difference'"):
-        curvature.directional_curvature("hessian", loss, WEIGHTS, RAMP)
+        operators.directional_curvature("hessian", loss, WEIGHTS, RAMP)
     with pytest.raises(ValueError, match="use curvature='central_difference'"):
         dho2_jax.hvp_reverse_over_reverse(loss, WEIGHTS)(RAMP)
     product = dho2_jax.hvp_central_difference(loss, WEIGHTS)(RAMP)
@@ -234,5 +234,5 @@ def test_a_custom_vjp_that_the_product_can_pass_needs_no_other_operator():
 
     expected = reference_with_rule()
     assert error(dho2_jax.hvp(loss, WEIGHTS)(RAMP), expected) < 1e-5
-    found = curvature.directional_curvature("hessian", loss, WEIGHTS, RAMP)
+    found = operators.directional_curvature("hessian", loss, WEIGHTS, RAMP)
     np.testing.assert_allclose(found, flat(RAMP) @ expected, rtol=1e-4)

@@ -7,9 +7,8 @@ import pytest
 import scipy.linalg
 from helpers import flat, flat_rows, outlying, reflections, split, symmetric, up_to_sign
 
-from dho2_jax import _lanczos as lanczos
-from dho2_jax import _linalg as linalg
 from dho2_jax import lanczos_tridiag
+from dho2_jax._numerics import lanczos, linalg
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

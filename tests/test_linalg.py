@@ -11,8 +11,7 @@ import pytest
 from helpers import flat, flat_rows
 
 import dho2_jax
-from dho2_jax import _lanczos as lanczos
-from dho2_jax import _linalg as linalg
+from dho2_jax._numerics import lanczos, linalg
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4), "kernel": (2, 2, 3)}
 

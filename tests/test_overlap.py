@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sharded_cases import AUTO, EXPLICIT, FEW, OPTIONS, batch, loss, on_mesh, parameters
 
 import dho2_jax
-from dho2_jax import _transfer as transfer
+from dho2_jax._vectors import transfer
 
 EXTERNAL: dict[str, Any] = OPTIONS | {"refresh": "external"}
 

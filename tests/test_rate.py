@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import dho2_jax
-from dho2_jax import _rate
+from dho2_jax._numerics import rates
 
 
 class PlainRule:
@@ -94,8 +94,8 @@ class PlainRule:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rule_equals_its_plain_statement(seed):
     rng = np.random.default_rng(seed)
-    plain, rate = PlainRule(), _rate.start(jnp.zeros(()))
-    observe, adjust = jax.jit(_rate.observe), jax.jit(_rate.adjust)
+    plain, rate = PlainRule(), rates.start(jnp.zeros(()))
+    observe, adjust = jax.jit(rates.observe), jax.jit(rates.adjust)
     for step in range(1, 160):
         plain.steps = step
         rate = rate._replace(steps=jnp.int32(step))
@@ -117,7 +117,7 @@ def test_rule_equals_its_plain_statement(seed):
         )
         rate = observe(rate, jnp.float32(slope))
         due = step % (2 if step < 40 else 10) == 0
-        assert bool(_rate.is_due(rate)) == due
+        assert bool(rates.is_due(rate)) == due
         if due:
             readings = rng.lognormal(np.log(2.0), 1.0), rng.lognormal(0, 2.0)
             plain.adjust(*readings, 30.0)
@@ -131,15 +131,15 @@ def test_probes_thin_out_in_long_runs():
         return 2 if step < 40 else 10 if step < 2000 else 20 if step < 5000 else 50
 
     steps = np.arange(6000)
-    rate = _rate.start(jnp.zeros(()))._replace(steps=jnp.asarray(steps, jnp.int32))
+    rate = rates.start(jnp.zeros(()))._replace(steps=jnp.asarray(steps, jnp.int32))
     periods = np.array([period(step) for step in steps])
-    np.testing.assert_array_equal(_rate.is_due(rate), steps % periods == 0)
+    np.testing.assert_array_equal(rates.is_due(rate), steps % periods == 0)
     # Beside the products of a sweep only as often as later.
     rarely = np.maximum(periods, 10)
-    np.testing.assert_array_equal(_rate.is_due(rate, often=False), steps % rarely == 0)
+    np.testing.assert_array_equal(rates.is_due(rate, often=False), steps % rarely == 0)
     for count, unprobed in ((2 * rarely - 1, False), (2 * rarely, True)):
         counted = rate._replace(slope_count=jnp.asarray(count, jnp.float32))
-        assert np.all(_rate.is_unprobed(counted) == unprobed)
+        assert np.all(rates.is_unprobed(counted) == unprobed)
 
 
 def quadratic(eigenvalues, seed=0):
@@ -294,30 +294,30 @@ def test_a_schedule_multiplies_the_rule():
 
 
 def test_a_spike_is_cut_and_forgotten():
-    rate = _rate.start(jnp.zeros(()))
+    rate = rates.start(jnp.zeros(()))
     for step in range(1, 30):
         rate = rate._replace(steps=jnp.int32(step), length=jnp.float32(1.0))
-        rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
-    cut = _rate.observe(rate, jnp.float32(50.0))
+        rate = rates.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
+    cut = rates.observe(rate, jnp.float32(50.0))
     assert float(cut.scale) == 0.5 * float(rate.scale)
     assert int(cut.cuts) == 1
-    again = _rate.observe(cut, jnp.float32(jnp.nan))
+    again = rates.observe(cut, jnp.float32(jnp.nan))
     assert float(again.scale) == 0.25 * float(rate.scale)
     assert np.isfinite(float(again.slope_mean))
-    calm = _rate.observe(again, jnp.float32(-1.0))
+    calm = rates.observe(again, jnp.float32(-1.0))
     assert float(calm.scale) == float(again.scale)
     # A second one that is not finite says nothing that the first has not.
-    assert float(_rate.observe(again, jnp.float32(jnp.nan)).scale) == float(again.scale)
+    assert float(rates.observe(again, jnp.float32(jnp.nan)).scale) == float(again.scale)
 
 
 def observed(ahead, slope, slopes=30):
     """s after steady slopes, then one that stands out, of a step that began `ahead`."""
-    rate = _rate.start(jnp.zeros(()))
+    rate = rates.start(jnp.zeros(()))
     for step in range(1, slopes):
         rate = rate._replace(steps=jnp.int32(step), length=jnp.float32(1.0))
-        rate = _rate.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
+        rate = rates.observe(rate, jnp.float32(-1.0 - 0.1 * (step % 3)))
     rate = rate._replace(ahead=jnp.float32(ahead))
-    return _rate.observe(rate, jnp.float32(slope))
+    return rates.observe(rate, jnp.float32(slope))
 
 
 @pytest.mark.parametrize("slopes", [30, 60])  # before and after the early steps
@@ -331,25 +331,25 @@ def test_a_slope_that_no_longer_rises_is_not_cut_again():
     """Else momentum that points uphill for a while takes s to nothing."""
     rate = observed(ahead=0.0, slope=50.0)
     for slope in (40.0, 30.0, 30.0):
-        rate = _rate.observe(rate, jnp.float32(slope))
+        rate = rates.observe(rate, jnp.float32(slope))
     assert float(rate.scale) == 0.5
-    assert float(_rate.observe(rate, jnp.float32(80.0)).scale) == 0.25
+    assert float(rates.observe(rate, jnp.float32(80.0)).scale) == 0.25
 
 
 def test_a_direction_of_no_length_tells_nothing():
     rate = observed(ahead=0.0, slope=-1.0)._replace(length=jnp.float32(0.0))
-    after = _rate.observe(rate, jnp.float32(1e6))
+    after = rates.observe(rate, jnp.float32(1e6))
     jax.tree.map(np.testing.assert_array_equal, after, rate)
 
 
 def test_momentum_that_points_uphill_early_is_not_cut():
     """The slope was there before the step: a shorter one would not have less."""
-    rate = _rate.start(jnp.zeros(()))._replace(
+    rate = rates.start(jnp.zeros(()))._replace(
         steps=jnp.int32(5), length=jnp.float32(1.0), bend=jnp.float32(1.0)
     )
     rate = rate._replace(taken=jnp.float32(1.0), ahead=jnp.float32(3.0))
-    assert float(_rate.observe(rate, jnp.float32(3.9)).scale) == 1.0
-    assert float(_rate.observe(rate, jnp.float32(4.1)).scale) == 0.5
+    assert float(rates.observe(rate, jnp.float32(3.9)).scale) == 1.0
+    assert float(rates.observe(rate, jnp.float32(4.1)).scale) == 0.5
 
 
 def quadratic_16(x):

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import dho2_jax
-from dho2_jax import _proposal as proposals
-from dho2_jax import _reach as reaches
+from dho2_jax._numerics import reaches
+from dho2_jax._step import proposals
 
 EIGENVALUES = jnp.concatenate([jnp.linspace(0.5, 1.5, 14), jnp.array([40.0, 50.0])])
 

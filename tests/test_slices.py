@@ -11,9 +11,7 @@ from helpers import jit
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _layout as layouts
-from dho2_jax import _sharding as sharding
-from dho2_jax import _slices as slices
+from dho2_jax._vectors import layouts, sharding, slices
 
 MESHES = {
     "1": {"d": 1},

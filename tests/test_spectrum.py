@@ -20,8 +20,7 @@ from helpers import (
 )
 
 import dho2_jax
-from dho2_jax import _lanczos as lanczos
-from dho2_jax import _spectrum as spectrum
+from dho2_jax._numerics import lanczos, ritz
 
 
 def transformation(**kwargs):
@@ -34,7 +33,7 @@ def test_pairs_of_a_tridiagonal_matrix(k, small):
     m = 9
     alphas, betas = rng.standard_normal(m), rng.uniform(0.5, 1, m)
     t = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
-    pairs = spectrum.ritz_pairs(
+    pairs = ritz.ritz_pairs(
         jnp.asarray(alphas, jnp.float32), jnp.asarray(betas, jnp.float32), k, small
     )
     values, rows = extreme(t, k, small)
@@ -54,13 +53,13 @@ def test_pairs_of_a_tridiagonal_matrix(k, small):
 def test_the_largest_are_served_first():
     # After a breakdown T is padded with zeros, which are no eigenvalues.
     alphas = jnp.array([5.0, -2.0, 1.0, 0.0, 0.0])
-    pairs = spectrum.ritz_pairs(alphas, jnp.zeros(5), 2, 2)
+    pairs = ritz.ritz_pairs(alphas, jnp.zeros(5), 2, 2)
     np.testing.assert_array_equal(pairs.valid, [True, False, True, True])
     np.testing.assert_allclose(pairs.eigenvalues, [-2.0, 0.0, 1.0, 5.0])
     assert np.all(np.asarray(pairs.weights)[1] == 0)
     assert pairs.next_eigenvalue == 0
 
-    none = spectrum.ritz_pairs(jnp.zeros(5), jnp.zeros(5), 2, 2)
+    none = ritz.ritz_pairs(jnp.zeros(5), jnp.zeros(5), 2, 2)
     assert not np.any(none.valid)
     assert np.all(np.asarray(none.eigenvalues) == 0)
 
@@ -162,7 +161,7 @@ def test_unfinished_recursion_has_pairs_of_what_was_measured():
     a32 = jnp.asarray(a, jnp.float32)
     v0 = jnp.ones(40)
     state = jax.jit(lambda v: lanczos.run(lambda x: a32 @ x, v, 6))(v0)
-    pairs = spectrum.ritz_pairs(*lanczos.tridiagonal(state), 2, 0)
+    pairs = ritz.ritz_pairs(*lanczos.tridiagonal(state), 2, 0)
     rows = np.float64(pairs.weights) @ np.float64(state.basis)[:6]
     quotient = np.sum((rows @ a) * rows, axis=1)
     np.testing.assert_allclose(pairs.eigenvalues, quotient, rtol=1e-4)

@@ -8,8 +8,7 @@ import pytest
 from helpers import flat, flat_rows, jit, quadratic, reflections, split, symmetric
 
 import dho2_jax
-from dho2_jax import _linalg as linalg
-from dho2_jax import _subspace as subspaces
+from dho2_jax._numerics import linalg, subspaces
 
 N = 32
 

@@ -4,9 +4,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dho2_jax._layout import Packed
-from dho2_jax._state import CurvatureState, find
+from dho2_jax._state.states import CurvatureState, find
 from dho2_jax._types import PyTree
+from dho2_jax._vectors.layouts import Packed
 
 _MARKS = {"subspace", "counters", "anchor", "momentum"}
 _REMEDY = "build dho2 with what it was saved with, or begin with a new state"

@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax._sharding import Shape, with_rows
 from dho2_jax._types import Array, PyTree
+from dho2_jax._vectors.sharding import Shape, with_rows
 
 Origin = tuple[int, ...]
 Pieces = tuple[Array, ...]

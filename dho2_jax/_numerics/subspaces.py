@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from dho2_jax import _linalg as linalg
+from dho2_jax._numerics import linalg
 from dho2_jax._types import Array, Inner, PyTree, Rows
 
 _ORTHONORMAL = 1e-3

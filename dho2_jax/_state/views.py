@@ -7,11 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dho2_jax import _layout as layouts
-from dho2_jax import _subspace as subspaces
-from dho2_jax._slices import copies, gather
-from dho2_jax._state import drift, find, is_active
+from dho2_jax._numerics import subspaces
+from dho2_jax._state.states import drift, find, is_active
 from dho2_jax._types import Array, PyTree
+from dho2_jax._vectors import layouts
+from dho2_jax._vectors.slices import copies, gather
 
 
 def subspace(state: PyTree) -> subspaces.Subspace:

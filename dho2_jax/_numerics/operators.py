@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _linalg as linalg
+from dho2_jax._numerics import linalg
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
 
 _TWICE = (

@@ -17,17 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _lanczos as lanczos
-from dho2_jax import _layout as layouts
-from dho2_jax import _linalg as linalg
-from dho2_jax import _rate
-from dho2_jax import _refresh as refreshing
-from dho2_jax import _slices as slices
-from dho2_jax._config import sweep_length
-from dho2_jax._layout import Packed
-from dho2_jax._products import products_at
-from dho2_jax._schedule import is_due
-from dho2_jax._state import (
+from dho2_jax._numerics import lanczos, linalg, rates
+from dho2_jax._numerics.schedules import is_due
+from dho2_jax._refresh import at_once
+from dho2_jax._refresh.products import products_at
+from dho2_jax._state.config import sweep_length
+from dho2_jax._state.states import (
     CurvatureState,
     Probe,
     SweepState,
@@ -36,6 +31,8 @@ from dho2_jax._state import (
     layout_of_state,
 )
 from dho2_jax._types import Array, Inner, Params
+from dho2_jax._vectors import layouts, slices
+from dho2_jax._vectors.layouts import Packed
 
 NOTHING, ROW, PROBE = 0, 1, 2
 """What a step's product is for."""
@@ -54,7 +51,7 @@ def turn(state: CurvatureState) -> Array:
     m = sweep.lanczos.betas.shape[0]
     kind = jnp.where(sweep.lanczos.index < m, ROW, NOTHING)
     if rate is not None:
-        due = (rate.probed == 0) | _rate.is_due(rate, often=kind == NOTHING)
+        due = (rate.probed == 0) | rates.is_due(rate, often=kind == NOTHING)
         due &= (rate.steps > 0) & jnp.any(is_active(state))
         # What this step puts to use would change the vector.
         due &= sweep.lanczos.index != m
@@ -189,7 +186,7 @@ def _begin(state: CurvatureState, leaves: list[Array]) -> CurvatureState:
         rejected=counters.rejected + given_up.astype(jnp.int32)
     )
     state = state._replace(counters=counters)
-    vector = refreshing.start_vector(state.config, layout, refreshing.attempts(state))
+    vector = at_once.start_vector(state.config, layout, at_once.attempts(state))
 
     def start(inner: Inner, vector: Packed) -> lanczos.LanczosState:
         return lanczos.start(vector, m, inner, in_range=True)
@@ -199,7 +196,7 @@ def _begin(state: CurvatureState, leaves: list[Array]) -> CurvatureState:
         lanczos=slices.on_slices(layout, start, vector),
         anchor=anchor,
         outside=layouts.Outside(tuple(leaves[i] for i in layout.outside), layout),
-        start=refreshing.anchor_at(state, part),
+        start=at_once.anchor_at(state, part),
     )
     return state._replace(sweep=sweep)
 
@@ -207,8 +204,8 @@ def _begin(state: CurvatureState, leaves: list[Array]) -> CurvatureState:
 def _finish(state: CurvatureState, part: list[Array]) -> CurvatureState:
     """Puts a complete sweep to use, or rejects it."""
     sweep, config = _sweep_of(state), state.config
-    found = refreshing.read_out(config, layout_of_state(state), sweep.lanczos)
-    return refreshing.install(state, found, sweep.start, refreshing.rounding(part))
+    found = at_once.read_out(config, layout_of_state(state), sweep.lanczos)
+    return at_once.install(state, found, sweep.start, at_once.rounding(part))
 
 
 def _step(
@@ -217,7 +214,7 @@ def _step(
     return lanczos.step(run, product, inner)
 
 
-def _bend(inner: Inner, rate: _rate.RateState, product: Packed) -> Array:
+def _bend(inner: Inner, rate: rates.RateState, product: Packed) -> Array:
     """Returns |d . H d| / |d|^2 from H d / |d|."""
     length = rate.length
     scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))

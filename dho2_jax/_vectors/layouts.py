@@ -20,14 +20,14 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax._sharding import (
+from dho2_jax._types import Array, PyTree
+from dho2_jax._vectors.sharding import (
     LANES,
     SPLITS,
     Placement,
     place_on_mesh,
     splits_evenly,
 )
-from dho2_jax._types import Array, PyTree
 
 
 @jax.tree_util.register_static

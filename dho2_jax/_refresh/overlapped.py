@@ -16,19 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _layout as layouts
-from dho2_jax import _linalg as linalg
-from dho2_jax import _rate
-from dho2_jax import _refresh as refreshing
-from dho2_jax import _slices as slices
-from dho2_jax import _submesh as submesh
-from dho2_jax import _subspace as subspaces
-from dho2_jax import _transfer as transfer
-from dho2_jax._config import Config
-from dho2_jax._curvature import is_pair
-from dho2_jax._layout import Layout, Packed
-from dho2_jax._products import Products, products_at
-from dho2_jax._state import (
+from dho2_jax._numerics import linalg, rates, subspaces
+from dho2_jax._numerics.operators import is_pair
+from dho2_jax._refresh import at_once
+from dho2_jax._refresh.products import Products, products_at
+from dho2_jax._state.config import Config
+from dho2_jax._state.states import (
     Anchor,
     CurvatureState,
     active_slots,
@@ -37,6 +30,8 @@ from dho2_jax._state import (
     replace,
 )
 from dho2_jax._types import Array, Params, PyTree
+from dho2_jax._vectors import layouts, second_mesh, slices, transfer
+from dho2_jax._vectors.layouts import Layout, Packed
 
 
 class OverlappedRefresh(NamedTuple):
@@ -75,7 +70,7 @@ class _Question(NamedTuple):
 class _Result(NamedTuple):
     """What the curvature mesh answers."""
 
-    found: refreshing.Found
+    found: at_once.Found
     norm: Array  # (), float32: |x|
     bend: Array  # (), float32: along the direction
     length: Array  # (), float32: its square; 0 where there was no probe
@@ -136,23 +131,23 @@ def overlapped_refresh(
 
     def launch(state: PyTree, params: Params, batch: PyTree) -> Pending:
         ours = find(state)
-        submesh.check_disjoint(ours.config, mesh)
+        second_mesh.check_disjoint(ours.config, mesh)
         near = layout_of_state(ours)
         part, _ = layouts.restrict(params, near)
         specs = P() if param_specs is None else param_specs
-        given = submesh.laid_out(params, mesh, specs, "param_specs")
-        far = submesh.layout_on(mesh, near, given)
+        given = second_mesh.laid_out(params, mesh, specs, "param_specs")
+        far = second_mesh.layout_on(mesh, near, given)
         specs = batch_spec
         if specs is None:
             specs = jax.tree.map(lambda x: _evenly(x, mesh), batch)
-        given = given, submesh.laid_out(batch, mesh, specs, "batch_spec")
+        given = given, second_mesh.laid_out(batch, mesh, specs, "batch_spec")
         with jax.set_mesh(ours.config.mesh):
             noted = _note(ours)
         try:
             routes = _routes(ours, far)
             params, batch = transfer.move((params, batch), given)
             question = layouts.with_layout(noted.question, far)
-            question = transfer.move(question, submesh.abstract(question, far))
+            question = transfer.move(question, second_mesh.abstract(question, far))
         except transfer.NotLocalError as error:
             raise ValueError(
                 "`mesh` must give every process the part of each array that it has on "
@@ -162,7 +157,7 @@ def overlapped_refresh(
         with jax.set_mesh(mesh):
             pieces = compute(ours.config, far, routes, question, params, batch)
         pieces = tuple(transfer.carry(routes, pieces))
-        return Pending(pieces, routes, refreshing.rounding(part), noted)
+        return Pending(pieces, routes, at_once.rounding(part), noted)
 
     return OverlappedRefresh(launch, land)
 
@@ -176,7 +171,7 @@ def land(state: PyTree, pending: Pending) -> PyTree:
             f"{type(pending).__name__} and a state with mesh={ours.config.mesh}; call "
             "land(state, pending)."
         )
-    shapes = jax.tree.leaves(submesh.abstract(_answer(ours), layout_of_state(ours)))
+    shapes = jax.tree.leaves(second_mesh.abstract(_answer(ours), layout_of_state(ours)))
     places = [(x.shape, x.sharding) for x in shapes]
     if [(r.shape, r.target) for r in pending.routes] != places:
         raise ValueError(
@@ -195,11 +190,11 @@ def _note(ours: CurvatureState) -> _Noted:
     layout, rate = layout_of_state(ours), ours.rate
     unprobed, direction = jnp.zeros((), bool), None
     if rate is not None:
-        unprobed, direction = _rate.is_unprobed(rate), rate.direction
+        unprobed, direction = rates.is_unprobed(rate), rate.direction
     enabled, count, anchor = jax.tree.map(
         jnp.copy, (ours.enabled, ours.count, ours.anchor)
     )
-    question = _Question(refreshing.attempts(ours), enabled, unprobed, direction)
+    question = _Question(at_once.attempts(ours), enabled, unprobed, direction)
     return slices.lay_out(layout, _Noted(question, count, anchor))
 
 
@@ -218,7 +213,7 @@ def _compute(
     else:
         of_params = lambda params: value_fn(params, batch)  # noqa: E731
     part, products = products_at(config, layout, params, of_params, None)
-    found = refreshing.compute_subspace(
+    found = at_once.compute_subspace(
         config, layout, products.matvec(), question.attempt
     )
     bend, length = _probed(config, layout, question, found.subspace, products)
@@ -241,7 +236,7 @@ def _probed(
     active = active_slots(config, found, question.enabled)
 
     def measure(direction: Packed) -> tuple[Array, Array]:
-        return products.bend(refreshing.outside(layout, direction, found, active))
+        return products.bend(at_once.outside(layout, direction, found, active))
 
     return jax.lax.cond(
         question.unprobed, measure, lambda _: nothing, question.direction
@@ -262,12 +257,12 @@ def _land(
     now, then = ours.anchor, noted.anchor
     path = now.path - jnp.where(now.count == then.count, then.path, 0.0)
     anchor = Anchor(noted.count, answer.norm, path)
-    new = refreshing.install(ours, answer.found, anchor, rounding)
+    new = at_once.install(ours, answer.found, anchor, rounding)
     if new.rate is not None:
         accepted = new.counters.refreshes > ours.counters.refreshes
-        due = accepted & noted.question.unprobed & _rate.is_unprobed(new.rate)
+        due = accepted & noted.question.unprobed & rates.is_unprobed(new.rate)
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
-        probed = _rate.adjust(new.rate, answer.bend, answer.length, unlimited)
+        probed = rates.adjust(new.rate, answer.bend, answer.length, unlimited)
         rate = jax.tree.map(lambda a, b: jnp.where(due, a, b), probed, new.rate)
         new = new._replace(rate=rate)
     return slices.lay_out(layout_of_state(new), new)
@@ -285,14 +280,14 @@ def _evenly(x: Any, mesh: Mesh) -> P:
 def _answer(ours: CurvatureState) -> _Result:
     """Returns arrays of the shapes of a `_Result`, laid out like the state."""
     one = ours.anchor.norm
-    return _Result(refreshing.Found(ours.subspace, one, one), one, one, one)
+    return _Result(at_once.Found(ours.subspace, one, one), one, one, one)
 
 
 def _routes(ours: CurvatureState, far: Layout) -> tuple[transfer.Route, ...]:
     """Returns the way back of each array of a `_Result`."""
     answer = _answer(ours)
-    there = jax.tree.leaves(submesh.abstract(layouts.with_layout(answer, far), far))
-    here = jax.tree.leaves(submesh.abstract(answer, layout_of_state(ours)))
+    there = jax.tree.leaves(second_mesh.abstract(layouts.with_layout(answer, far), far))
+    here = jax.tree.leaves(second_mesh.abstract(answer, layout_of_state(ours)))
     pairs = zip(there, here, strict=True)
     return tuple(transfer.route(a.shape, a.sharding, b.sharding) for a, b in pairs)
 

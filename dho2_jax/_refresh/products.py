@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _axes as axes
-from dho2_jax import _curvature as curvature
-from dho2_jax import _layout as layouts
-from dho2_jax import _linalg as linalg
-from dho2_jax import _slices as slices
-from dho2_jax._config import Config
-from dho2_jax._layout import Packed
+from dho2_jax._numerics import linalg, operators
+from dho2_jax._state.config import Config
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
+from dho2_jax._vectors import axes, layouts, slices
+from dho2_jax._vectors.layouts import Packed
 
 
 class Products(NamedTuple):
@@ -32,24 +29,24 @@ def products_at(
     matvec_fn: Callable[[Params], MatVec] | None,
 ) -> tuple[tuple[Array, ...], Products]:
     """Returns the parameters' leaves that belong to the state, and their products."""
-    curvature.check_not_empty(params, "a curvature product")
+    operators.check_not_empty(params, "a curvature product")
     if config.axis_name:
         # A derivative with respect to parameters that are equal on all devices would
         # be summed over them; each device shall have that of its own loss.
         params = axes.varying(jax.tree.map(jnp.asarray, params), config.axis_name)
     leaves, merge = layouts.restrict(params, layout)
     part = tuple(jnp.asarray(x) for x in leaves)
-    curvature.check_params(part, "a curvature product")
+    operators.check_params(part, "a curvature product")
     if matvec_fn is not None:
         build, along = _own_products(matvec_fn, params, part, layout)
     else:
         of_part = _of_part(value_fn, params, merge)
 
         def build() -> MatVec:
-            return curvature.build_matvec(config.curvature, of_part, part)
+            return operators.build_matvec(config.curvature, of_part, part)
 
         def along(d: PyTree) -> Array:
-            return curvature.directional_curvature(config.curvature, of_part, part, d)
+            return operators.directional_curvature(config.curvature, of_part, part, d)
 
     return part, Products(
         matvec=lambda: _in_slices(config, layout, part, build()),
@@ -110,7 +107,7 @@ def _of_part(value_fn: Any, params: Params, merge: Callable) -> Any:
     if isinstance(value_fn, tuple) and len(value_fn) == 2:
         return (_of_part(value_fn[0], params, merge), value_fn[1])
     if callable(value_fn):
-        curvature.check_takes_params(value_fn, params)
+        operators.check_takes_params(value_fn, params)
         return lambda part: value_fn(merge(part))
     return value_fn
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _linalg as linalg
+from dho2_jax._numerics import linalg
 from dho2_jax._types import Array, Inner, MatVec, PyTree, Rows
 
 _EPS = float(jnp.finfo(jnp.float32).eps)

@@ -8,18 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _axes as axes
-from dho2_jax import _lanczos as lanczos
-from dho2_jax import _layout as layouts
-from dho2_jax import _linalg as linalg
-from dho2_jax import _rate
-from dho2_jax import _slices as slices
-from dho2_jax import _spectrum as spectrum
-from dho2_jax import _subspace as subspaces
-from dho2_jax._config import Config
-from dho2_jax._products import Products, check_one_source, products_at
-from dho2_jax._schedule import is_due
-from dho2_jax._state import (
+from dho2_jax._numerics import lanczos, linalg, rates, ritz, subspaces
+from dho2_jax._numerics.schedules import is_due
+from dho2_jax._refresh.products import Products, check_one_source, products_at
+from dho2_jax._state.config import Config
+from dho2_jax._state.states import (
     Anchor,
     CurvatureState,
     SweepState,
@@ -29,6 +22,7 @@ from dho2_jax._state import (
     replace,
 )
 from dho2_jax._types import Array, Inner, MatVec, Params, PyTree, ValueFn
+from dho2_jax._vectors import axes, layouts, slices
 
 _DEFECT = 1e-2  # the largest recurrence defect of a refresh in float32
 
@@ -154,7 +148,7 @@ def read_out(
 ) -> Found:
     """Returns the Ritz pairs of a finished recursion on `Flat` or `Packed` vectors."""
     alphas, betas = lanczos.tridiagonal(run)
-    pairs = spectrum.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
+    pairs = ritz.ritz_pairs(alphas, betas, config.num_largest, config.num_smallest)
 
     def rotated(_, weights, basis):
         rows = linalg.rotate(weights, basis)
@@ -287,13 +281,13 @@ def _compare(
     return usable, change, {"direction": direction, "length": length}
 
 
-def _probe_if_unprobed(state: CurvatureState, products: Products) -> _rate.RateState:
+def _probe_if_unprobed(state: CurvatureState, products: Products) -> rates.RateState:
     """Probes the rate here when `update` had no loss to do it with."""
     rate = state.rate
     assert rate is not None
 
-    def measure(rate: _rate.RateState) -> _rate.RateState:
+    def measure(rate: rates.RateState) -> rates.RateState:
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
-        return _rate.adjust(rate, *products.bend(rate.direction), unlimited)
+        return rates.adjust(rate, *products.bend(rate.direction), unlimited)
 
-    return jax.lax.cond(_rate.is_unprobed(rate), measure, lambda r: r, rate)
+    return jax.lax.cond(rates.is_unprobed(rate), measure, lambda r: r, rate)

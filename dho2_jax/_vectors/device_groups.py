@@ -10,11 +10,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _axes as axes
-from dho2_jax import _layout as layouts
-from dho2_jax._layout import Layout, Packed
-from dho2_jax._sharding import as_spec, axes_of, constrain
 from dho2_jax._types import Array, PyTree
+from dho2_jax._vectors import axes, layouts
+from dho2_jax._vectors.layouts import Layout, Packed
+from dho2_jax._vectors.sharding import as_spec, axes_of, constrain
 
 
 def parts_of(batch: PyTree, batch_spec: PyTree, axis: str) -> PyTree:

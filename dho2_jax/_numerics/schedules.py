@@ -7,7 +7,7 @@ No device is read to decide, so that no process takes a branch that others do no
 
 from typing import Any
 
-from dho2_jax._config import check_integer, check_steps, sweep_starts
+from dho2_jax._state.config import check_integer, check_steps, sweep_starts
 
 
 def should_refresh(

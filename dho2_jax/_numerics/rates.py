@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _reach
+from dho2_jax._numerics import reaches
 from dho2_jax._types import Array
 
 EARLY_STEPS = 40
@@ -89,7 +89,7 @@ class RateState(NamedTuple):
     cuts: Array  # int32: how often the guard acted
     ahead: Array  # g . d of the last step, at its start
     slope: Array  # c of the step before
-    reach: _reach.Reach
+    reach: reaches.Reach
 
 
 def start(direction: Any) -> RateState:
@@ -121,7 +121,7 @@ def start(direction: Any) -> RateState:
         cuts=none(),
         ahead=zero(),
         slope=zero(),
-        reach=_reach.start(),
+        reach=reaches.start(),
     )
 
 
@@ -181,7 +181,7 @@ def observe(
         ),
         cuts=rate.cuts + alarm.astype(jnp.int32),
         slope=slope,
-        reach=_reach.cut(rate.reach, alarm),
+        reach=reaches.cut(rate.reach, alarm),
     )
     return pick(told, new, rate)
 

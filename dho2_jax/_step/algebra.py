@@ -30,26 +30,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax import _linalg as linalg
-from dho2_jax import _proposal as proposals
-from dho2_jax import _rate
-from dho2_jax import _reach as reaches
-from dho2_jax import _subspace as subspaces
-from dho2_jax._layout import Packed
-from dho2_jax._products import Products
-from dho2_jax._slices import on_slices
-from dho2_jax._state import (
+from dho2_jax._numerics import linalg, rates, reaches, subspaces
+from dho2_jax._refresh.products import Products
+from dho2_jax._state.states import (
     CurvatureState,
     Probe,
     is_active,
     layout_of_state,
 )
+from dho2_jax._step import proposals
 from dho2_jax._types import Array, Inner
+from dho2_jax._vectors.layouts import Packed
+from dho2_jax._vectors.slices import on_slices
 
 _FLOOR = 0.01  # least |lambda| over the largest, under a curvature-set rate
 
 
-class Rates(NamedTuple):
+class Hyper(NamedTuple):
     """The hyper-parameters of this step, `()` float32 each."""
 
     newton: Array  # alpha
@@ -99,7 +96,7 @@ def join(
     state: CurvatureState,
     parts: Split,
     steps: Packed,
-    rates: Rates,
+    hyper: Hyper,
     products: Products | None,
     probe: Probe | None = None,
     *,
@@ -135,23 +132,23 @@ def join(
         spread = subspaces.spread_of_largest(
             space.eigenvalues, active, config.num_smallest
         )
-        scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, rates.cap), 1.0)
+        scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, hyper.cap), 1.0)
     else:
-        scale, rate = _set_rate(state, active, steps, seen, rates, products, probe)
+        scale, rate = _set_rate(state, active, steps, seen, hyper, products, probe)
         floor = _FLOOR
 
     if rate is not None:
         # One gradient that is not finite shall not get into u.
         inside = jnp.where(jnp.all(jnp.isfinite(inside)), inside, 0.0)
-    momentum = _next_momentum(state, inside, rates.decay)
+    momentum = _next_momentum(state, inside, hyper.decay)
     momentum = jnp.where(active, momentum, 0.0)
-    inverse = subspaces.newton_scale(space.eigenvalues, active, rates.damping, floor)
-    newton = rates.newton * momentum * inverse
+    inverse = subspaces.newton_scale(space.eigenvalues, active, hyper.damping, floor)
+    newton = hyper.newton * momentum * inverse
 
     if rate is None:
         proposal = proposals.free(scale, newton, momentum, length)
         coefs = proposal.scale * seen.overlap + proposal.newton
-        updates = on_slices(layout, _move, rows, coefs, steps, scale, rates.schedule)
+        updates = on_slices(layout, _move, rows, coefs, steps, scale, hyper.schedule)
         return updates, proposal, state
     assert state.rate is not None and seen.slope_ahead is not None
     complement = jnp.sqrt(seen.complement_square)
@@ -161,7 +158,7 @@ def join(
         newton,
         momentum,
         proposals.Measures(length, seen.slope_ahead, inside, complement),
-        rates.schedule,
+        hyper.schedule,
         use=jnp.any(active),
         fresh=(state.counters.attempted_at == state.count) | (state.rate.steps == 0),
         tried=tried,
@@ -169,7 +166,7 @@ def join(
     scale = proposal.scale
     both = jnp.stack([scale * seen.overlap + proposal.newton, seen.overlap])
     updates, outside = on_slices(
-        layout, _move_and_project, rows, both, steps, scale, rates.schedule
+        layout, _move_and_project, rows, both, steps, scale, hyper.schedule
     )
     return updates, proposal, state._replace(rate=rate._replace(direction=outside))
 
@@ -238,10 +235,10 @@ def _set_rate(
     active: Array,
     steps: Packed,
     seen: Measured,
-    rates: Rates,
+    hyper: Hyper,
     products: Products | None,
     probe: Probe | None,
-) -> tuple[Array, _rate.RateState]:
+) -> tuple[Array, rates.RateState]:
     """One step of the curvature-set rate, which rests while no slot is active.
 
     Returns:
@@ -251,23 +248,23 @@ def _set_rate(
     assert rate is not None and slope is not None and slope_ahead is not None
     use, started = jnp.any(active), rate.steps > 0
     comparable = state.counters.attempted_at != state.count
-    rate = _rate.pick(use & started, _rate.observe(rate, slope, comparable), rate)
+    rate = rates.pick(use & started, rates.observe(rate, slope, comparable), rate)
     largest = jnp.max(jnp.where(active, jnp.abs(state.subspace.eigenvalues), 0.0))
     fresh = use & ~comparable
     rate = rate._replace(reach=reaches.refreshed(rate.reach, largest, fresh))
 
     if probe is not None:
-        first = _rate.first_scale(rate, slope, probe.bend * rate.length)
-        later = _rate.adjust(rate, probe.bend, rate.length, rates.cap)
-        rate = _rate.pick(
-            probe.is_due, _rate.pick(rate.probed == 0, first, later), rate
+        first = rates.first_scale(rate, slope, probe.bend * rate.length)
+        later = rates.adjust(rate, probe.bend, rate.length, hyper.cap)
+        rate = rates.pick(
+            probe.is_due, rates.pick(rate.probed == 0, first, later), rate
         )
     elif products is not None:
 
         def outside(_, steps, overlap, rows):
             return subspaces.remove(linalg.as_float32(steps), overlap, rows)
 
-        def measure(rate: _rate.RateState) -> _rate.RateState:
+        def measure(rate: rates.RateState) -> rates.RateState:
             # The previous direction has not seen this batch; the first has no other.
             along = jax.lax.cond(
                 started,
@@ -276,14 +273,14 @@ def _set_rate(
                 *(rate.direction, steps, seen.overlap, state.subspace.eigenvectors),
             )
             bend, length = products.bend(along)
-            first = _rate.first_scale(rate, slope_ahead, bend * length)
-            later = _rate.adjust(rate, bend, length, rates.cap)
-            return _rate.pick(started, later, first)
+            first = rates.first_scale(rate, slope_ahead, bend * length)
+            later = rates.adjust(rate, bend, length, hyper.cap)
+            return rates.pick(started, later, first)
 
-        due = use & (_rate.is_due(rate) | ~started)
+        due = use & (rates.is_due(rate) | ~started)
         rate = jax.lax.cond(due, measure, lambda r: r, rate)
 
-    rate = rate._replace(scale=jnp.minimum(rate.scale, rates.cap))
+    rate = rate._replace(scale=jnp.minimum(rate.scale, hyper.cap))
     scale = jnp.where(use, rate.scale, 1.0)
     length = _length_outside(seen)
     if probe is not None:

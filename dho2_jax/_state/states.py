@@ -11,14 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _lanczos as lanczos
-from dho2_jax import _layout as layouts
-from dho2_jax import _rate
-from dho2_jax import _sharding as sharding
-from dho2_jax import _slices as slices
-from dho2_jax import _subspace as subspaces
-from dho2_jax._config import Config
+from dho2_jax._numerics import lanczos, rates, subspaces
+from dho2_jax._state.config import Config
 from dho2_jax._types import Array, PyTree
+from dho2_jax._vectors import layouts, sharding, slices
 
 
 class Counters(NamedTuple):
@@ -69,7 +65,7 @@ class CurvatureState(NamedTuple):
     base_scaling: Array  # s of the last update, (), float32
     counters: Counters
     anchor: Anchor  # of the subspace in use
-    rate: _rate.RateState | None  # None with base_rate="fixed"
+    rate: rates.RateState | None  # None with base_rate="fixed"
     sweep: SweepState | None  # None unless refresh="staggered"
 
 
@@ -110,7 +106,7 @@ def init_curvature(
             recurrence_defect=jnp.zeros((), jnp.float32),
         ),
         anchor=_no_anchor(),
-        rate=_rate.start(zeros()) if config.base_rate == "curvature" else None,
+        rate=rates.start(zeros()) if config.base_rate == "curvature" else None,
         sweep=_no_sweep(min(config.num_matvecs, layout.size), zeros, layout, params)
         if config.refresh == "staggered"
         else None,

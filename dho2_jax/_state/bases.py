@@ -16,12 +16,11 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _layout as layouts
-from dho2_jax import _slices as slices
-from dho2_jax._config import Config
-from dho2_jax._layout import Layout, Packed
-from dho2_jax._sharding import constrain, slice_spec, splits_evenly
+from dho2_jax._state.config import Config
 from dho2_jax._types import PyTree
+from dho2_jax._vectors import layouts, slices
+from dho2_jax._vectors.layouts import Layout, Packed
+from dho2_jax._vectors.sharding import constrain, slice_spec, splits_evenly
 
 
 def init(

@@ -10,13 +10,10 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _axes as axes
-from dho2_jax import _base as bases
-from dho2_jax import _layout as layouts
-from dho2_jax import _sharding as sharding
-from dho2_jax import _slices as slices
-from dho2_jax._state import DHO2State, find, is_ours, layout_of_state
+from dho2_jax._state import bases
+from dho2_jax._state.states import DHO2State, find, is_ours, layout_of_state
 from dho2_jax._types import Params, PyTree
+from dho2_jax._vectors import axes, layouts, sharding, slices
 
 
 def state_shardings(

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dho2_jax._curvature import OPERATORS
-from dho2_jax._sharding import is_spec
+from dho2_jax._numerics.operators import OPERATORS
+from dho2_jax._vectors.sharding import is_spec
 
 REFRESH_MODES = ("periodic", "staggered", "external")
 BASE_RATES = ("curvature", "fixed")

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _axes as axes
-from dho2_jax import _layout as layouts
-from dho2_jax import _linalg as linalg
-from dho2_jax._layout import Flat, Layout, Outside, Packed
-from dho2_jax._sharding import (
+from dho2_jax._numerics import linalg
+from dho2_jax._types import Array, PyTree, Rows
+from dho2_jax._vectors import axes, layouts
+from dho2_jax._vectors.layouts import Flat, Layout, Outside, Packed
+from dho2_jax._vectors.sharding import (
     LANES,
     SUBLANES,
     Placement,
@@ -29,7 +29,6 @@ from dho2_jax._sharding import (
     ways,
     with_rows,
 )
-from dho2_jax._types import Array, PyTree, Rows
 
 
 def on_slices(layout: Layout, fn: Callable[..., Any], *args: Any) -> Any:

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dho2_jax import _axes as axes
-from dho2_jax import _layout as layouts
-from dho2_jax import _reach as reaches
-from dho2_jax._config import Config
-from dho2_jax._curvature import is_pair
-from dho2_jax._proposal import Proposal
+from dho2_jax._numerics import reaches
+from dho2_jax._numerics.operators import is_pair
+from dho2_jax._state.config import Config
+from dho2_jax._step.proposals import Proposal
 from dho2_jax._types import Array, Params
+from dho2_jax._vectors import axes, layouts
 
 Value = Callable[[list[Array] | None], Array]
 

@@ -16,14 +16,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _curvature as curvatures
-from dho2_jax import _groups as groups
-from dho2_jax import _layout as layouts
-from dho2_jax import _slices as slices
-from dho2_jax import _sweep as sweeps
-from dho2_jax._config import check_choice
-from dho2_jax._state import CurvatureState, find, layout_of_state
+from dho2_jax._numerics import operators
+from dho2_jax._refresh import staggered
+from dho2_jax._state.config import check_choice
+from dho2_jax._state.states import CurvatureState, find, layout_of_state
 from dho2_jax._types import Array, Params, PyTree
+from dho2_jax._vectors import device_groups, layouts, slices
 
 
 def staggered_value_and_grad(
@@ -34,7 +32,7 @@ def staggered_value_and_grad(
     batch_spec: PyTree = None,
     has_aux: bool = False,
     curvature: str = "hessian",
-) -> Callable[..., tuple[Any, Params, sweeps.CurvatureProduct]]:
+) -> Callable[..., tuple[Any, Params, staggered.CurvatureProduct]]:
     """Returns the loss, its gradient and a curvature product, made side by side.
 
     In each step that a staggered refresh needs a product for, one of the R groups of
@@ -99,13 +97,13 @@ def staggered_value_and_grad(
         layout = layout_of_state(ours)
         leaves, _ = layouts.match(params, layout)
         leaves = [jnp.asarray(x) for x in leaves]
-        kind = sweeps.turn(ours)
-        busy = kind != sweeps.NOTHING
+        kind = staggered.turn(ours)
+        busy = kind != staggered.NOTHING
         whose = jnp.where(busy, ours.count % number, -1)
         keys = _fixed_keys(args, ours)
 
         def ask(ours: CurvatureState) -> tuple[list[Array], list[Array]]:
-            point, vector = sweeps.question(ours, leaves, kind)
+            point, vector = staggered.question(ours, leaves, kind)
             dtypes = [leaves[i].dtype for i in layout.inside]
             return point, slices.gather(vector, dtypes)
 
@@ -124,7 +122,7 @@ def staggered_value_and_grad(
                 _, rebuild = layouts.match(params, layout)
                 part, merge = layouts.restrict(rebuild(point), layout)
                 of_part = halves(merge, curvature_batch, keys)
-                matvec = curvatures.build_matvec(curvature, of_part, tuple(part))
+                matvec = operators.build_matvec(curvature, of_part, tuple(part))
                 shapes = jax.eval_shape(lambda: gradient()[0])
                 found = jax.tree.map(_zeros, shapes)
                 grads = jax.tree.map(jnp.zeros_like, params)
@@ -142,11 +140,11 @@ def staggered_value_and_grad(
             found, grads = jax.tree.map(mean, (found, grads))
             return found, grads, [x[None] for x in hv]
 
-        own = groups.parts_of(batch, batch_spec, stagger_axis)
-        parts = groups.split_along(batch, own, mesh)
+        own = device_groups.parts_of(batch, batch_spec, stagger_axis)
+        parts = device_groups.split_along(batch, own, mesh)
         everywhere = (params, curvature_batch, point, vector, args, keys)
         params_, curvature_batch_, *rest = jax.tree.map(
-            lambda x: groups.whole_along(x, mesh, stagger_axis), everywhere
+            lambda x: device_groups.whole_along(x, mesh, stagger_axis), everywhere
         )
         found, grads, hv = jax.shard_map(
             local,
@@ -160,12 +158,12 @@ def staggered_value_and_grad(
         )(whose, params_, parts, curvature_batch_, *rest)
         vector = _if_busy(
             busy,
-            lambda hv: groups.sum_in_slices(layout, hv, stagger_axis),
+            lambda hv: device_groups.sum_in_slices(layout, hv, stagger_axis),
             slices.new_zeros(layout),
             hv,
         )
         value = found if has_aux else found[0]
-        return value, grads, sweeps.CurvatureProduct(vector, ours.count)
+        return value, grads, staggered.CurvatureProduct(vector, ours.count)
 
     return svag
 
@@ -250,7 +248,7 @@ def _check(loss_fn: Any, mesh: Any, stagger_axis: Any, curvature: Any) -> None:
             f"devices, got {stagger_axis!r} on {dict(mesh.shape)}; one of them makes "
             "the product while the others go on."
         )
-    check_choice("curvature", curvature, tuple(curvatures.OPERATORS))
+    check_choice("curvature", curvature, tuple(operators.OPERATORS))
     is_pair = isinstance(loss_fn, tuple) and len(loss_fn) == 2
     if (curvature == "ggn") != is_pair or not (is_pair or callable(loss_fn)):
         raise ValueError(

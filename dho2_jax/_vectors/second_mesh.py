@@ -9,12 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax import _layout as layouts
-from dho2_jax import _sharding as sharding
-from dho2_jax import _slices as slices
-from dho2_jax._config import Config, frozen_specs
-from dho2_jax._layout import Layout
+from dho2_jax._state.config import Config, frozen_specs
 from dho2_jax._types import Array, PyTree
+from dho2_jax._vectors import layouts, sharding, slices
+from dho2_jax._vectors.layouts import Layout
 
 
 def abstract(tree: PyTree, layout: Layout) -> PyTree:

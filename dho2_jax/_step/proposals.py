@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from dho2_jax import _rate
-from dho2_jax import _reach as reaches
-from dho2_jax._state import Anchor, CurvatureState
+from dho2_jax._numerics import rates, reaches
+from dho2_jax._state.states import Anchor, CurvatureState
 from dho2_jax._types import Array
 
 _VANISHED = 1e-6  # share of the subspace's gradient below which the complement is zero
@@ -52,7 +51,7 @@ def free(scale: Array, newton: Array, momentum: Array, length: Array) -> Proposa
 
 
 def bound(
-    rate: _rate.RateState,
+    rate: rates.RateState,
     scale: Array,
     newton: Array,
     momentum: Array,
@@ -62,7 +61,7 @@ def bound(
     use: Array,
     fresh: Array,
     tried: bool,
-) -> tuple[Proposal, _rate.RateState]:
+) -> tuple[Proposal, rates.RateState]:
     """Bounds a step by what is proved safe, and brakes it uphill.
 
     Args:
