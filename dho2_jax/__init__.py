@@ -23,8 +23,7 @@ from dho2_jax._numerics.operators import (
 from dho2_jax._numerics.operators import (
     hvp_reverse_over_reverse as hvp_reverse_over_reverse,
 )
-from dho2_jax._numerics.schedules import should_refresh as should_refresh
-from dho2_jax._numerics.schedules import sweep_index as sweep_index
+from dho2_jax._numerics.schedules import Schedule as Schedule
 from dho2_jax._numerics.subspaces import Subspace as Subspace
 from dho2_jax._refresh.across_axis import (
     staggered_value_and_grad as staggered_value_and_grad,
@@ -38,6 +37,8 @@ from dho2_jax._state.specs import state_shardings as state_shardings
 from dho2_jax._state.specs import state_specs as state_specs
 from dho2_jax._state.states import DHO2State as DHO2State
 from dho2_jax._state.states import set_enabled as set_enabled
+from dho2_jax._state.timetable import should_refresh as should_refresh
+from dho2_jax._state.timetable import sweep_index as sweep_index
 from dho2_jax._state.views import metrics as metrics
 from dho2_jax._state.views import subspace as subspace
 from dho2_jax._transform import dho2 as dho2

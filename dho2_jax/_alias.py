@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ready-made combinations: `dho2` on the common bases, and FOSI as published.
 
-The aliases take the base's arguments and all keywords of `dho2`, of which
-`num_largest`, `refresh_period` and `early_refreshes` have other defaults: 24, 100 and
-(20, 50).
+The aliases take the base's arguments and all keywords of `dho2`.
 """
 
 import functools
@@ -16,9 +14,6 @@ import optax
 
 from dho2_jax._transform import dho2
 from dho2_jax._types import ScalarOrSchedule
-
-# The best of what was measured on the patch autoencoder, for heavy ball and for Adam.
-_MEASURED = {"num_largest": 24, "refresh_period": 100, "early_refreshes": (20, 50)}
 
 
 def _over_base(**defaults):
@@ -52,7 +47,7 @@ def _over_base(**defaults):
     return decorate
 
 
-@_over_base(**_MEASURED, linear_base=True)
+@_over_base(linear_base=True)
 def dho2_sgd(learning_rate: ScalarOrSchedule):
     """DHO² on gradient descent.
 
@@ -65,7 +60,7 @@ def dho2_sgd(learning_rate: ScalarOrSchedule):
     return optax.sgd(learning_rate)
 
 
-@_over_base(**_MEASURED, linear_base=True)
+@_over_base(linear_base=True)
 def dho2_heavy_ball(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float = 0.9):
     """DHO² on heavy ball.
 
@@ -79,7 +74,7 @@ def dho2_heavy_ball(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float =
     return optax.sgd(learning_rate, momentum=momentum)
 
 
-@_over_base(**_MEASURED, linear_base=True)
+@_over_base(linear_base=True)
 def dho2_nesterov(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float = 0.9):
     """DHO² on Nesterov's momentum.
 
@@ -93,7 +88,7 @@ def dho2_nesterov(learning_rate: ScalarOrSchedule = 1e-2, *, momentum: float = 0
     return optax.sgd(learning_rate, momentum=momentum, nesterov=True)
 
 
-@_over_base(**_MEASURED)
+@_over_base()
 def dho2_adam(
     learning_rate: ScalarOrSchedule = 1e-3,
     *,
@@ -115,7 +110,7 @@ def dho2_adam(
     return optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
 
 
-@_over_base(**_MEASURED)
+@_over_base()
 def dho2_adamw(
     learning_rate: ScalarOrSchedule = 1e-3,
     *,
@@ -140,7 +135,7 @@ def dho2_adamw(
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
-@_over_base(**_MEASURED, shard_base_state=False)
+@_over_base(shard_base_state=False)
 def dho2_muon(learning_rate: ScalarOrSchedule = 1e-2, *, beta: float = 0.95):
     """DHO² on Muon, which the base can be since it sees the parameters' own pytree.
 
@@ -206,6 +201,7 @@ def fosi(
         refresh=refresh,
         refresh_period=refresh_period,
         warmup_steps=refresh_period - 1 if warmup_steps is None else warmup_steps,
+        early_refreshes=(),
         newton_learning_rate=newton_learning_rate,
         subspace_decay=subspace_decay,
         subspace_momentum=subspace_momentum,

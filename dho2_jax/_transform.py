@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DHO² as an Optax gradient transformation: where all the parts meet."""
+"""DHO² as an Optax gradient transformation: what it is made of."""
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from dho2_jax._numerics.operators import check_params
-from dho2_jax._refresh.at_once import maybe_refresh
-from dho2_jax._refresh.products import check_source, products_at
-from dho2_jax._refresh.staggered import advance, make_product
-from dho2_jax._state import bases
-from dho2_jax._state.config import check_number, make_config
-from dho2_jax._state.states import DHO2State, init_curvature, layout_of_state
-from dho2_jax._step import algebra, proposals, trials
-from dho2_jax._types import Array, ScalarOrSchedule
-from dho2_jax._vectors import layouts
-from dho2_jax._vectors.slices import gather, lay_out, scatter
+from dho2_jax._checks import check_number
+from dho2_jax._numerics import schedules
+from dho2_jax._numerics.schedules import Schedule
+from dho2_jax._state.config import make_config
+from dho2_jax._types import ScalarOrSchedule
+from dho2_jax._update import Settings, init_fn, update_fn
 
 _FOSI_CLIP = 3.0
 
@@ -26,13 +20,14 @@ _FOSI_CLIP = 3.0
 def dho2(
     base_optimizer: optax.GradientTransformation,
     *,
-    num_largest: int = 16,
+    num_largest: int = 24,
     num_smallest: int = 0,
     num_matvecs: int | None = None,
     refresh: str = "periodic",
-    refresh_period: int = 200,
+    schedule: Schedule | None = None,
+    refresh_period: int = schedules.PERIOD,
     warmup_steps: int = 0,
-    early_refreshes: tuple[int, ...] = (),
+    early_refreshes: tuple[int, ...] | None = None,
     max_drift: float | None = None,
     newton_learning_rate: ScalarOrSchedule = 1.0,
     subspace_decay: ScalarOrSchedule = 0.9,
@@ -77,12 +72,15 @@ def dho2(
         on with the previous subspace. All products of a sweep must be of one function:
         the loop keeps its curvature batch while `sweep_index` stays the same.
         "external": only by `dho2_jax.refresh`. Static.
-      refresh_period: T, in updates; >= m with "staggered", and where it is shorter than
-        m + 3 + ceil((m + 1) / 9) starts within a sweep are passed over. Static.
+      schedule: When to refresh: a `Schedule`, in place of the next four. Static.
+      refresh_period: T, in updates; at least m with "staggered", and where
+        it is shorter than m + 3 + ceil((m + 1) / 9) starts within a sweep are passed
+        over. Static.
       warmup_steps: Updates before the first periodic refresh or sweep. Static.
       early_refreshes: More updates to refresh, or to begin a sweep, at, counted from
-        the first, such as (20, 50): curvature changes fastest at the start of training.
-        With "staggered" those that would meet another sweep are passed over. Static.
+        the first: curvature changes fastest at the start of training. With "staggered"
+        those that would meet another sweep are passed over. None: (20, 50) where T is
+        at least 100, else none. Static.
       max_drift: Refresh, or begin a sweep, also in between when the parameters have
         gone farther than this times their own norm since the subspace in use was
         measured (`metrics`: "drift"). None: by the step count alone. Static.
@@ -139,7 +137,9 @@ def dho2(
         a step (on a CPU three times) instead of four times. Static.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
+      An `optax.GradientTransformationExtraArgs`. Inside `optax.masked` and
+      `optax.partition` `update` also takes `whole_params`, all parameters, where
+      `value_fn` is a function of all of them. `update` takes `value_fn` (`params ->
       ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic
       or a staggered refresh, used with an external one to probe the curvature-set rate
       and to try bold steps. It need not be the training loss: a quarter of the batch
@@ -165,6 +165,7 @@ def dho2(
         num_smallest=num_smallest,
         num_matvecs=num_matvecs,
         refresh=refresh,
+        schedule=schedule,
         refresh_period=refresh_period,
         warmup_steps=warmup_steps,
         early_refreshes=early_refreshes,
@@ -191,132 +192,17 @@ def dho2(
         max_base_scaling = _FOSI_CLIP if base_rate == "fixed" else float("inf")
     check_number("max_base_scaling", max_base_scaling, 0.0)
     check_number("rate_schedule", rate_schedule, 0.0)
-    base = optax.with_extra_args_support(base_optimizer)
-
-    def init_fn(params: optax.Params) -> Any:
-        if not jax.tree.leaves(params):
-            return DHO2State(base.init(params), init_curvature(config, params))
-        outside = ()
-        if curvature_mask is not None:
-            outside = _masked_out(params, curvature_mask)
-        layout = layouts.layout_of(params, outside)
-        check_params(layouts.map_outside(_nothing, params, layout), "init")
-        if config.size > layout.size:
-            raise ValueError(
-                "`num_largest` + `num_smallest` must be at most the number of "
-                f"parameters, got {config.size} for {layout.size}; lower them."
-            )
-        ours = init_curvature(config, params, outside)
-        layout = layout_of_state(ours)
-        base_state = bases.init(base, config, layout, params)
-        return DHO2State(base_state, lay_out(layout, ours))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        value_fn=None,
-        matvec_fn=None,
-        product=None,
-        **extra_args,
-    ) -> tuple[optax.Updates, Any]:
-        if value_fn is not None:
-            extra_args["value_fn"] = value_fn
-        ours = state.curvature
-        if not jax.tree.leaves(updates):
-            updates, base_state = base.update(
-                updates, state.base_state, params, **extra_args
-            )
-            ours = ours._replace(count=optax.safe_increment(ours.count))
-            return updates, DHO2State(base_state, ours)
-
-        layout = layout_of_state(ours)
-        grads, _ = layouts.restrict(updates, layout, "`updates`")
-        shown = layouts.map_outside(_nothing, updates, layout)
-        check_params(shown, "update", "updates")
-        check_source(config, params, value_fn, matvec_fn, product)
-        products = probe = None
-        if config.refresh == "staggered":
-            if product is None:
-                product = make_product(ours, params, value_fn, matvec_fn)
-            ours, probe = advance(ours, params, product)
-        elif value_fn is not None or matvec_fn is not None:
-            part, products = products_at(config, layout, params, value_fn, matvec_fn)
-            if config.refresh == "periodic":
-                ours = maybe_refresh(ours, part, products)
-
-        hyper = algebra.Hyper(
-            newton=_at(newton_learning_rate, ours.count),
-            decay=_at(subspace_decay, ours.count),
-            damping=_at(damping, ours.count),
-            cap=_at(max_base_scaling, ours.count),
-            schedule=_at(rate_schedule, ours.count),
-        )
-        parts = algebra.split(ours, scatter(layout, grads), linear_base)
-        dtypes, merge, steps, base_state = bases.update(
-            base,
-            ours.config,
-            updates,
-            parts.given,
-            state.base_state,
-            params,
-            extra_args,
-        )
-        value = trials.value_at(config, layout, params, value_fn)
-        vector, proposal, ours = algebra.join(
-            ours, parts, steps, hyper, products, probe, tried=value is not None
-        )
-
-        reach = None if ours.rate is None else ours.rate.reach
-        part = gather(vector, dtypes)
-        part, trial = trials.attempt(reach, proposal, part, value)
-        new_updates = layouts.map_outside(
-            lambda x: (hyper.schedule * x).astype(x.dtype), merge(part), layout
-        )
-        ours = proposals.settle(ours, proposal, hyper.schedule, trial)
-        ours = ours._replace(count=optax.safe_increment(ours.count))
-        return new_updates, DHO2State(base_state, lay_out(layout, ours))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _masked_out(params: optax.Params, mask: Any) -> tuple[int, ...]:
-    """Returns which leaves of `params` a `curvature_mask` leaves out, by number.
-
-    Raises:
-      ValueError: If it is no prefix of the parameters' tree that holds bools, or leaves
-        out everything.
-    """
-    mask = mask(params) if callable(mask) else mask
-    for leaf in jax.tree.leaves(mask):
-        if not isinstance(leaf, bool | np.bool_):
-            raise ValueError(
-                "`curvature_mask` must hold bools, got "
-                f"{type(leaf).__name__}; True for what takes part in the curvature."
-            )
-    try:
-        spread = jax.tree.map(
-            lambda flag, part: [bool(flag)] * len(jax.tree.leaves(part)), mask, params
-        )
-    except ValueError as error:
-        raise ValueError(
-            "`curvature_mask` must be a prefix of the parameters' tree, got "
-            f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}; give one "
-            "bool for each parameter or subtree."
-        ) from error
-    flags = jax.tree.leaves(spread)
-    if flags and not any(flags):
-        raise ValueError(
-            "`curvature_mask` must be True somewhere, got False for all parameters; to "
-            "train without curvature use the base optimizer alone."
-        )
-    return tuple(i for i, flag in enumerate(flags) if not flag)
-
-
-def _nothing(_: Any) -> None:
-    """Stands for a leaf that is left out."""
-
-
-def _at(rate: ScalarOrSchedule, count: Array) -> Array:
-    return jnp.asarray(rate(count) if callable(rate) else rate, jnp.float32)
+    made_of = Settings(
+        base=optax.with_extra_args_support(base_optimizer),
+        config=config,
+        newton_learning_rate=newton_learning_rate,
+        subspace_decay=subspace_decay,
+        damping=damping,
+        max_base_scaling=max_base_scaling,
+        rate_schedule=rate_schedule,
+        curvature_mask=curvature_mask,
+        linear_base=linear_base,
+    )
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(init_fn, made_of), functools.partial(update_fn, made_of)
+    )

@@ -281,9 +281,27 @@ REFRESH = {
         "`state` none dho2(",
         lambda: dho2_jax.refresh(VECTOR, make().init(VECTOR), square),
     ),
-    "two_states": ("`state` 2", lambda: dho2_jax.refresh(two(), VECTOR, square)),
+    "no_such_state": (
+        "`where` 'third' '0' '1'",
+        lambda: dho2_jax.refresh(two(), VECTOR, square, where="third"),
+    ),
+    "which_schedule": (
+        "`state` 2 where= '0' '1'",
+        lambda: dho2_jax.should_refresh(3, two()),
+    ),
+    "schedule_of_nothing": (
+        "`of` transformation state Schedule",
+        lambda: dho2_jax.should_refresh(3, optax.sgd(0.1)),
+    ),
+    "schedule_twice": (
+        "`of` warmup_steps",
+        lambda: dho2_jax.should_refresh(3, dho2_jax.Schedule(), warmup_steps=2),
+    ),
     "metrics_without_state": ("`state` none", lambda: dho2_jax.metrics(())),
-    "subspace_of_two": ("`state` 2", lambda: dho2_jax.subspace(two())),
+    "subspace_of_none": (
+        "`where` 'third' '0' '1'",
+        lambda: dho2_jax.subspace(two(), where="third"),
+    ),
     "set_enabled_without_state": (
         "`state` none",
         lambda: dho2_jax.set_enabled(optax.EmptyState(), False),

@@ -300,3 +300,89 @@ def test_a_wrong_bound(value, expected):
 def test_a_bound_is_of_no_use_to_an_external_refresh():
     with pytest.raises(ValueError, match="must be None with refresh='external'"):
         dho2_jax.dho2(optax.sgd(0.1), max_drift=0.1, refresh="external")
+
+
+# --- one schedule, however it is asked -----------------------------------------------
+
+ALIASES = {
+    "dho2": lambda **kwargs: dho2_jax.dho2(optax.sgd(1e-3), **kwargs),
+    **{
+        name: lambda name=name, **kwargs: getattr(dho2_jax, name)(1e-3, **kwargs)
+        for name in ("dho2_sgd", "dho2_heavy_ball", "dho2_nesterov", "dho2_adam")
+    },
+    **{
+        name: lambda name=name, **kwargs: getattr(dho2_jax, name)(1e-3, **kwargs)
+        for name in ("dho2_adamw", "dho2_muon")
+    },
+    "fosi": lambda **kwargs: dho2_jax.fosi(optax.sgd(1e-3), **kwargs),
+}
+VALUES = jnp.linspace(1.0, 3.0, 30)
+
+
+def value(x):
+    return jnp.sum(VALUES * x**2)
+
+
+def refreshed_at(tx, steps):
+    """The steps in which `update` itself refreshes."""
+
+    def one(carry, _):
+        x, state = carry
+        updates, state = tx.update(jax.grad(value)(x), state, x, value_fn=value)
+        return (x + updates, state), dho2_jax.metrics(state)["refreshes"]
+
+    x = jnp.ones(30)
+    counts = jax.lax.scan(one, (x, tx.init(x)), length=steps)[1]
+    return list(np.flatnonzero(np.diff(np.concatenate([[0], counts]))))
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_every_way_to_ask_gives_the_same_steps(name):
+    steps = 130
+    expected = [99] if name == "fosi" else [0, 20, 50, 100]
+    tx = ALIASES[name]()
+    state = optax.chain(tx, optax.identity()).init(jnp.ones(30))
+    ways = {
+        "update": refreshed_at(tx, steps),
+        "transformation": [i for i in range(steps) if dho2_jax.should_refresh(i, tx)],
+        "state": [i for i in range(steps) if dho2_jax.should_refresh(i, state)],
+        "external": [
+            i
+            for i in range(steps)
+            if dho2_jax.should_refresh(i, ALIASES[name](refresh="external"))
+        ],
+    }
+    if name != "fosi":
+        ways["nothing"] = [i for i in range(steps) if dho2_jax.should_refresh(i)]
+    assert all(found == expected for found in ways.values()), ways
+
+
+@pytest.mark.parametrize("name", [name for name in ALIASES if name != "fosi"])
+def test_sweeps_are_asked_of_the_state_alike(name):
+    """With k = 24 a sweep takes 35 steps: the early one at 20 meets that of step 0."""
+    tx = ALIASES[name](refresh="staggered")
+    state = tx.init(jnp.ones(30))
+    of_state = [dho2_jax.sweep_index(i, state) for i in range(230)]
+    assert list(np.flatnonzero(np.diff([-1, *of_state]))) == [0, 50, 100, 200]
+    assert of_state == [dho2_jax.sweep_index(i, tx) for i in range(230)]
+    flat = [dho2_jax.sweep_index(i, num_matvecs=28) for i in range(230)]
+    assert of_state == flat
+
+
+def test_a_schedule_is_what_its_parts_are():
+    schedule = dho2_jax.Schedule(refresh_period=7, warmup_steps=2, early_refreshes=(3,))
+    whole = dho2_jax.dho2(optax.sgd(1e-3), num_largest=2, schedule=schedule)
+    flat = dho2_jax.dho2(
+        optax.sgd(1e-3),
+        num_largest=2,
+        refresh_period=7,
+        warmup_steps=2,
+        early_refreshes=(3,),
+    )
+    assert refreshed_at(whole, 25) == refreshed_at(flat, 25) == [2, 5, 9, 16, 23]
+    with pytest.raises(ValueError, match=r"`schedule` must come without .*got both"):
+        dho2_jax.dho2(optax.sgd(0.1), schedule=schedule, refresh_period=3)
+    with pytest.raises(ValueError, match=r"`schedule` must be a dho2_jax.Schedule"):
+        dho2_jax.dho2(optax.sgd(0.1), schedule=optax.constant_schedule(0.1))
+    assert dho2_jax.Schedule().early_refreshes == (20, 50)
+    assert dho2_jax.Schedule(99).early_refreshes == ()

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dho2_jax._checks import check_integer
 from dho2_jax._numerics.operators import is_pair
-from dho2_jax._state.config import check_integer
 from dho2_jax._types import Array, Params, PyTree
 
 

@@ -5,94 +5,161 @@ The same arithmetic serves the host, on a Python int, and `update`, on a traced 
 No device is read to decide, so that no process takes a branch that others do not.
 """
 
+import dataclasses
 from typing import Any
 
-from dho2_jax._state.config import check_integer, check_steps, sweep_starts
+import jax
+
+from dho2_jax._checks import check_integer, check_number, check_steps, shown
+
+# The best of what was measured on the patch autoencoder, for heavy ball and for Adam.
+PERIOD = 100
+EARLY = (20, 50)
 
 
-def should_refresh(
-    step: int,
-    refresh_period: int = 200,
-    warmup_steps: int = 0,
-    early_refreshes: tuple[int, ...] = (),
-) -> bool:
-    """Tells on the host whether to refresh before a step.
-
-    A pure function of numbers that every process knows; no device is read.
-
-    Args:
-      step: Updates done so far, a Python int.
-      refresh_period: T, steps between refreshes.
-      warmup_steps: Steps before the first refresh.
-      early_refreshes: More steps to refresh at, counted from the first refresh.
-
-    Returns:
-      True at `warmup_steps`, `warmup_steps + T`, ..., and at the early ones.
-
-    Raises:
-      ValueError: If an argument is not an integer in its range.
-    """
-    early = _checked(step, refresh_period, warmup_steps, early_refreshes)
-    return is_due(step - warmup_steps, refresh_period, early)
-
-
-def sweep_index(
-    step: int,
-    refresh_period: int = 200,
-    warmup_steps: int = 0,
-    early_refreshes: tuple[int, ...] = (),
-    num_matvecs: int | None = None,
-) -> int:
-    """Tells on the host which sweep of a staggered refresh a step belongs to.
-
-    The loop keeps its curvature batch, and whatever else the curvature depends on, for
-    as long as this number stays the same: all products of a sweep must be of one
-    function. Arguments as `dho2` got them.
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When curvature is renewed; `dho2` and the loop around it ask one and the same.
 
     Args:
-      step: Updates done so far, a Python int.
-      refresh_period: T, steps between the starts of sweeps.
-      warmup_steps: Steps before the first sweep.
-      early_refreshes: More steps to start at, counted from the first start.
-      num_matvecs: m; needed with `early_refreshes`, and where T is shorter than a
-        sweep, to tell which starts are passed over because a sweep is under way.
-
-    Returns:
-      How many sweeps have started up to this step, less one: -1 before the first.
+      refresh_period: T, in updates, between refreshes, or between starts of sweeps.
+      warmup_steps: Updates before the first.
+      early_refreshes: More updates to refresh at, counted from the first, since
+        curvature changes fastest at the start of training. None: (20, 50) where T is at
+        least 100; with a shorter period, none.
+      max_drift: Refresh also in between, when the parameters have gone farther than
+        this times their own norm since the subspace in use was measured. Only `update`
+        knows of it. None: by the step count alone.
+      num_matvecs: m, the products of a sweep: starts within another sweep are then
+        passed over. `dho2` fills it in with refresh="staggered".
 
     Raises:
-      ValueError: If an argument is not an integer in its range, or `num_matvecs` is
-        missing.
+      ValueError: If an argument is out of its range.
     """
-    early = _checked(step, refresh_period, warmup_steps, early_refreshes)
-    if num_matvecs is not None:
-        check_integer("num_matvecs", num_matvecs, 1)
-        refresh_period, early = sweep_starts(refresh_period, early, num_matvecs)
-    elif early:
+
+    refresh_period: int = PERIOD
+    warmup_steps: int = 0
+    early_refreshes: tuple[int, ...] | None = None
+    max_drift: float | None = None
+    num_matvecs: int | None = None
+
+    def __post_init__(self):
+        """Checks all, and puts plain numbers in their places."""
+        check_integer("refresh_period", self.refresh_period, 1)
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        period, early = int(self.refresh_period), self.early_refreshes
+        if early is None:
+            early = EARLY if period >= PERIOD else ()
+        early = check_steps("early_refreshes", early)
+        _check_max_drift(self.max_drift)
+        drift = None if self.max_drift is None else float(self.max_drift)
+        products = self.num_matvecs
+        if products is not None:
+            check_integer("num_matvecs", products, 1)
+            products = int(products)
+            period, early = _sweep_starts(period, early, products)
+        object.__setattr__(self, "refresh_period", period)
+        object.__setattr__(self, "warmup_steps", int(self.warmup_steps))
+        object.__setattr__(self, "early_refreshes", early)
+        object.__setattr__(self, "max_drift", drift)
+        object.__setattr__(self, "num_matvecs", products)
+
+
+def one_schedule(schedule: Schedule | None, **flat: Any) -> Schedule:
+    """Returns the schedule, or one made of the flat arguments."""
+    if schedule is None:
+        return Schedule(**flat)
+    if not isinstance(schedule, Schedule):
         raise ValueError(
-            f"`num_matvecs` must be given to sweep_index with early_refreshes={early}, "
-            "got None; pass that of dho2, by default num_largest + num_smallest + 4."
+            f"`schedule` must be a dho2_jax.Schedule, got {type(schedule).__name__}; a "
+            "factor on the rate is rate_schedule=."
         )
-    since = step - warmup_steps
-    if since < 0:
-        return -1
-    return since // refresh_period + sum(
-        one <= since for one in early if one % refresh_period
-    )
+    if Schedule(**flat) != Schedule():
+        raise ValueError(
+            f"`schedule` must come without {', '.join(flat)}, got both; say all of it "
+            "in the Schedule."
+        )
+    return schedule
 
 
-def is_due(since: Any, refresh_period: int, early_refreshes: tuple[int, ...]) -> Any:
-    """Returns whether to begin `since` steps after the warm-up, an int or traced."""
-    due = since % refresh_period == 0
-    for early in early_refreshes:
+def is_due(schedule: Schedule, step: Any) -> Any:
+    """Returns whether to begin at `step`, an int or traced."""
+    since = step - schedule.warmup_steps
+    due = since % schedule.refresh_period == 0
+    for early in schedule.early_refreshes or ():
         due |= since == early
     return due & (since >= 0)
 
 
-def _checked(
-    step: int, refresh_period: int, warmup_steps: int, early_refreshes: tuple[int, ...]
-) -> tuple[int, ...]:
-    check_integer("step", step, 0)
-    check_integer("refresh_period", refresh_period, 1)
-    check_integer("warmup_steps", warmup_steps, 0)
-    return check_steps("early_refreshes", early_refreshes)
+def fits(schedule: Schedule, step: Any) -> Any:
+    """Returns whether a sweep that begins at `step` ends before the next is due."""
+    assert schedule.num_matvecs is not None
+    since, period = step - schedule.warmup_steps, schedule.refresh_period
+    ends = since + sweep_length(schedule.num_matvecs)
+    found = (since > 0) & (ends <= since - since % period + period)
+    for early in schedule.early_refreshes or ():
+        found &= (since > early) | (ends <= early)
+    return found
+
+
+def sweep(schedule: Schedule, step: int) -> int:
+    """Returns how many sweeps began up to `step`, less one."""
+    since = step - schedule.warmup_steps
+    if since < 0:
+        return -1
+    period = schedule.refresh_period
+    early = [x for x in schedule.early_refreshes or () if x % period]
+    return since // period + sum(x <= since for x in early)
+
+
+def of_sweeps(schedule: Schedule, num_matvecs: int) -> Schedule:
+    """Returns when sweeps of m products begin, where the schedule asks for them.
+
+    Raises:
+      ValueError: If a sweep does not fit into the period.
+    """
+    if num_matvecs > schedule.refresh_period:
+        raise ValueError(
+            "`num_matvecs` must be <= refresh_period with refresh='staggered', "
+            f"got {num_matvecs} for {schedule.refresh_period}; a step makes one "
+            "product: lower one or raise the other."
+        )
+    return dataclasses.replace(schedule, num_matvecs=num_matvecs)
+
+
+def sweep_length(num_matvecs: int) -> int:
+    """Returns how many steps after a sweep's start the next one may start.
+
+    One goes to the start, m + 1 to the products and one to putting them to use; and
+    every tenth in between, or fewer, to a probe of the rate.
+    """
+    return num_matvecs + 3 + (num_matvecs + 9) // 9
+
+
+def _sweep_starts(
+    refresh_period: int, early_refreshes: tuple[int, ...], num_matvecs: int
+) -> tuple[int, tuple[int, ...]]:
+    """Returns when sweeps really start: a start within a sweep is passed over.
+
+    Returns:
+      The period, a multiple of `refresh_period`, and the early starts, from the first.
+    """
+    length = sweep_length(num_matvecs)
+    period, kept = -(-length // refresh_period) * refresh_period, []
+    for step in sorted(early_refreshes):
+        last = max([step // period * period, *kept])
+        if step - last >= length and step % period + length <= period:
+            kept.append(step)
+    return int(period), tuple(kept)
+
+
+def _check_max_drift(value: Any) -> None:
+    """Raises unless it is None or a positive number."""
+    if value is None:
+        return
+    check_number("max_drift", value, 0.0)
+    if callable(value) or isinstance(value, jax.Array) or not value > 0:
+        raise ValueError(
+            f"`max_drift` must be a static number > 0 or None, got {shown(value)}; "
+            "pass for example 0.05."
+        )

@@ -16,9 +16,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from dho2_jax._checks import check_choice
 from dho2_jax._numerics import operators
 from dho2_jax._refresh import staggered
-from dho2_jax._state.config import check_choice
 from dho2_jax._state.states import CurvatureState, find, layout_of_state
 from dho2_jax._types import Array, Params, PyTree
 from dho2_jax._vectors import device_groups, layouts, slices

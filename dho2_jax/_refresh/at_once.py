@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax._numerics import lanczos, linalg, rates, ritz, subspaces
-from dho2_jax._numerics.schedules import is_due
+from dho2_jax._numerics import lanczos, linalg, rates, ritz, schedules, subspaces
 from dho2_jax._refresh.products import Products, check_one_source, products_at
 from dho2_jax._state.config import Config
 from dho2_jax._state.states import (
@@ -33,6 +32,7 @@ def refresh(
     value_fn: ValueFn | None = None,
     *,
     matvec_fn: Callable[[Params], MatVec] | None = None,
+    where: str | None = None,
 ) -> PyTree:
     r"""Computes the subspace anew at `params`; pure and jittable.
 
@@ -45,11 +45,12 @@ def refresh(
     here. A staggered sweep that is under way is given up.
 
     Args:
-      state: Any nest of Optax states that holds one DHO² state.
+      state: Any nest of Optax states that holds DHO² states.
       params: The whole parameters, as `value_fn` takes them.
       value_fn: `params -> ()`, the loss on the curvature batch; for curvature="ggn" the
         pair `(outputs_fn, loss_fn)`.
       matvec_fn: Instead of it, `params -> matvec`, your own curvature product.
+      where: Which of several states, see `metrics`; None: all, one after the other.
 
     Returns:
       The state with a new subspace, of unchanged structure, shapes and dtypes.
@@ -67,20 +68,20 @@ def refresh(
         )
         return refreshed(ours, part, products)
 
-    return replace(state, change)
+    return replace(state, change, where)
 
 
 def maybe_refresh(
     state: CurvatureState, part: tuple[Array, ...], products: Products
 ) -> CurvatureState:
     """Refreshes when the period is full or the parameters have drifted too far."""
-    config = state.config
-    since = state.count - config.warmup_steps
-    due = is_due(since, config.refresh_period, config.early_refreshes)
-    if config.max_drift is not None:
+    config, schedule = state.config, state.config.schedule
+    due = schedules.is_due(schedule, state.count)
+    if schedule.max_drift is not None:
         # Not at once again where the last one was rejected.
         rested = state.count - state.counters.attempted_at >= config.num_matvecs
-        due |= rested & (since > 0) & (drift(state) > config.max_drift)
+        rested &= state.count > schedule.warmup_steps
+        due |= rested & (drift(state) > schedule.max_drift)
     # The identity is `false_fun`: XLA elides the copies of branch 0 only, so that an
     # untaken refresh costs nothing (https://github.com/jax-ml/jax/issues/5986).
     return jax.lax.cond(

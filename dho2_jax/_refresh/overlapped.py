@@ -8,6 +8,7 @@ that the caller has fixed, since "when it is ready" is another step in each proc
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def overlapped_refresh(
 
     def launch(state: PyTree, params: Params, batch: PyTree) -> Pending:
         ours = find(state)
-        second_mesh.check_disjoint(ours.config, mesh)
+        _check_disjoint(ours.config, mesh)
         near = layout_of_state(ours)
         part, _ = layouts.restrict(params, near)
         specs = P() if param_specs is None else param_specs
@@ -303,4 +304,30 @@ def _check(value_fn: Any, mesh: Any) -> None:
             "`value_fn` must be a function of (params, batch), or with "
             "curvature='ggn' the pair (outputs_fn, loss_fn), got "
             f"{type(value_fn).__name__}; pass the mean loss on the curvature batch."
+        )
+
+
+def _check_disjoint(config: Config, mesh: Mesh) -> None:
+    """Raises unless the two meshes can share the work."""
+    if config.mesh is None or config.refresh != "external":
+        how = "axis_name=" if config.axis_name else f"mesh={config.mesh}"
+        raise ValueError(
+            "`state` must come from dho2(refresh='external', mesh=...), got "
+            f"refresh='{config.refresh}' and {how}; make dho2 so."
+        )
+    shared = set(mesh.devices.flat) & set(config.mesh.devices.flat)
+    if shared:
+        raise ValueError(
+            "`mesh` must share no device with the mesh of dho2, got "
+            f"{min(shared, key=lambda d: d.id)} in both; split jax.devices() in two."
+        )
+    ours, theirs = (
+        Counter(d.process_index for d in m.devices.flat) for m in (mesh, config.mesh)
+    )
+    if set(ours) != set(theirs) or len(set(ours.values())) > 1:
+        raise ValueError(
+            "`mesh` must have the same number of devices from every process that "
+            f"trains, got {dict(sorted(ours.items()))} by process for "
+            f"{dict(sorted(theirs.items()))} on the mesh of dho2; take as many of each "
+            "process's jax.local_devices()."
         )

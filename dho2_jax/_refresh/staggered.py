@@ -17,11 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax._numerics import lanczos, linalg, rates
-from dho2_jax._numerics.schedules import is_due
+from dho2_jax._numerics import lanczos, linalg, rates, schedules
 from dho2_jax._refresh import at_once
 from dho2_jax._refresh.products import products_at
-from dho2_jax._state.config import sweep_length
 from dho2_jax._state.states import (
     CurvatureState,
     Probe,
@@ -160,18 +158,14 @@ def advance(
 
 def _begins(state: CurvatureState) -> Array:
     """Returns whether a sweep begins in this step."""
-    config, sweep = state.config, _sweep_of(state)
-    since = state.count - config.warmup_steps
-    due = is_due(since, config.refresh_period, config.early_refreshes)
-    if config.max_drift is not None:
+    schedule, sweep = state.config.schedule, _sweep_of(state)
+    due = schedules.is_due(schedule, state.count)
+    if schedule.max_drift is not None:
         # In between, where it is over before the next one is due: till then the loop
         # keeps its curvature batch.
         idle = sweep.lanczos.index > sweep.lanczos.betas.shape[0]
-        ends = since + sweep_length(config.num_matvecs)
-        fits = ends <= since - since % config.refresh_period + config.refresh_period
-        for early in config.early_refreshes:
-            fits &= (since > early) | (ends <= early)
-        due |= idle & fits & (since > 0) & (drift(state) > config.max_drift)
+        fits = schedules.fits(schedule, state.count)
+        due |= idle & fits & (drift(state) > schedule.max_drift)
     return due & state.enabled
 
 

@@ -2,16 +2,16 @@
 """The static configuration that the state carries, checked once, at construction."""
 
 import dataclasses
-import difflib
-import numbers
-from typing import Any, cast
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from dho2_jax._checks import check_choice, check_integer, shown
+from dho2_jax._numerics import schedules
 from dho2_jax._numerics.operators import OPERATORS
-from dho2_jax._vectors.sharding import is_spec
+from dho2_jax._numerics.schedules import Schedule
+from dho2_jax._vectors.sharding import frozen_specs
 
 REFRESH_MODES = ("periodic", "staggered", "external")
 BASE_RATES = ("curvature", "fixed")
@@ -23,6 +23,7 @@ STATIC_ARGS = (
     "num_smallest",
     "num_matvecs",
     "refresh",
+    "schedule",
     "refresh_period",
     "warmup_steps",
     "early_refreshes",
@@ -52,10 +53,7 @@ class Config:
     num_smallest: int
     num_matvecs: int
     refresh: str
-    refresh_period: int
-    warmup_steps: int
-    early_refreshes: tuple[int, ...]
-    max_drift: float | None
+    schedule: Schedule
     subspace_momentum: str
     base_rate: str
     curvature: str
@@ -78,9 +76,10 @@ def make_config(
     num_smallest: int,
     num_matvecs: int | None,
     refresh: str,
+    schedule: Schedule | None,
     refresh_period: int,
     warmup_steps: int,
-    early_refreshes: tuple[int, ...],
+    early_refreshes: tuple[int, ...] | None,
     max_drift: float | None,
     subspace_momentum: str,
     base_rate: str,
@@ -114,20 +113,21 @@ def make_config(
             f"{num_matvecs}; leave it None for {size + 4}."
         )
     check_choice("refresh", refresh, REFRESH_MODES)
-    check_integer("refresh_period", refresh_period, 1)
-    check_integer("warmup_steps", warmup_steps, 0)
-    early_refreshes = check_steps("early_refreshes", early_refreshes)
+    schedule = schedules.one_schedule(
+        schedule,
+        refresh_period=refresh_period,
+        warmup_steps=warmup_steps,
+        early_refreshes=early_refreshes,
+        max_drift=max_drift,
+    )
     if refresh == "staggered":
-        if num_matvecs > refresh_period:
-            raise ValueError(
-                "`num_matvecs` must be <= refresh_period with refresh='staggered', "
-                f"got {num_matvecs} for {refresh_period}; a step makes one product: "
-                "lower one or raise the other."
-            )
-        refresh_period, early_refreshes = sweep_starts(
-            refresh_period, early_refreshes, num_matvecs
+        schedule = schedules.of_sweeps(schedule, num_matvecs)
+    if schedule.max_drift is not None and refresh == "external":
+        raise ValueError(
+            "`max_drift` must be None with refresh='external', got "
+            f"{schedule.max_drift}; call refresh where metrics(state)['drift'] has "
+            "passed your bound."
         )
-    _check_max_drift(max_drift, refresh)
     check_choice("subspace_momentum", subspace_momentum, MOMENTA)
     check_choice("base_rate", base_rate, BASE_RATES)
     check_choice("curvature", curvature, tuple(OPERATORS))
@@ -141,17 +141,14 @@ def make_config(
     if not isinstance(shard_base_state, bool):
         raise ValueError(
             f"`shard_base_state` must be True, False or None, got "
-            f"{_shown(shard_base_state)}; leave it None for True with mesh=."
+            f"{shown(shard_base_state)}; leave it None for True with mesh=."
         )
     return Config(
         num_largest=int(num_largest),
         num_smallest=int(num_smallest),
         num_matvecs=int(num_matvecs),
         refresh=refresh,
-        refresh_period=int(refresh_period),
-        warmup_steps=int(warmup_steps),
-        early_refreshes=early_refreshes,
-        max_drift=None if max_drift is None else float(max_drift),
+        schedule=schedule,
         subspace_momentum=subspace_momentum,
         base_rate=base_rate,
         curvature=curvature,
@@ -164,54 +161,11 @@ def make_config(
     )
 
 
-def sweep_length(num_matvecs: int) -> int:
-    """Returns how many steps after a sweep's start the next one may start.
-
-    One goes to the start, m + 1 to the products and one to putting them to use; and
-    every tenth in between, or fewer, to a probe of the rate.
-    """
-    return num_matvecs + 3 + (num_matvecs + 9) // 9
-
-
-def sweep_starts(
-    refresh_period: int, early_refreshes: tuple[int, ...], num_matvecs: int
-) -> tuple[int, tuple[int, ...]]:
-    """Returns when sweeps really start: a start within a sweep is passed over.
-
-    Returns:
-      The period, a multiple of `refresh_period`, and the early starts, from the first.
-    """
-    length = sweep_length(num_matvecs)
-    period, kept = -(-length // refresh_period) * refresh_period, []
-    for step in sorted(early_refreshes):
-        last = max([step // period * period, *kept])
-        if step - last >= length and step % period + length <= period:
-            kept.append(step)
-    return int(period), tuple(kept)
-
-
-def _check_max_drift(value: Any, refresh: str) -> None:
-    """Raises unless it is None, or a positive number where `update` can act on it."""
-    if value is None:
-        return
-    check_number("max_drift", value, 0.0)
-    if callable(value) or isinstance(value, jax.Array) or not value > 0:
-        raise ValueError(
-            f"`max_drift` must be a static number > 0 or None, got {_shown(value)}; "
-            "pass for example 0.05."
-        )
-    if refresh == "external":
-        raise ValueError(
-            f"`max_drift` must be None with refresh='external', got {value}; call "
-            "refresh where metrics(state)['drift'] has passed your bound."
-        )
-
-
 def _check_where(mesh: Any, param_specs: Any, axis_name: Any) -> tuple[str, ...]:
     """Returns `axis_name` as a tuple, or raises if the three do not go together."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(
-            f"`mesh` must be a jax.sharding.Mesh, got {_shown(mesh)}; make one with "
+            f"`mesh` must be a jax.sharding.Mesh, got {shown(mesh)}; make one with "
             "jax.make_mesh."
         )
     if mesh is None and param_specs is not None:
@@ -224,77 +178,11 @@ def _check_where(mesh: Any, param_specs: Any, axis_name: Any) -> tuple[str, ...]
     if not isinstance(names, tuple | list) or not names:
         raise ValueError(
             "`axis_name` must be the name of an axis or a tuple of names, got "
-            f"{_shown(axis_name)}; pass for example 'data'."
+            f"{shown(axis_name)}; pass for example 'data'."
         )
     if mesh is not None:
         raise ValueError(
-            f"`axis_name` must be None with `mesh`, got {_shown(axis_name)}; use mesh= "
+            f"`axis_name` must be None with `mesh`, got {shown(axis_name)}; use mesh= "
             "for global arrays and axis_name= inside your own shard_map or pmap."
         )
     return tuple(names)
-
-
-def frozen_specs(specs: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a tree of partition specs as hashable parts."""
-    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
-    return treedef, tuple(leaves)
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raises unless `value` is a Python (or NumPy) integer of at least `least`."""
-    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
-    if isinstance(value, jax.Array) or not is_integer:
-        raise ValueError(
-            f"`{name}` must be a static integer, got {_shown(value)}; under "
-            "optax.inject_hyperparams pass static_args=dho2_jax.STATIC_ARGS."
-        )
-    if value < least:
-        raise ValueError(f"`{name}` must be >= {least}, got {value}; raise it.")
-
-
-def check_steps(name: str, value: Any) -> tuple[int, ...]:
-    """Returns `value` as a tuple of steps >= 1, or raises."""
-    if not isinstance(value, tuple | list):
-        raise ValueError(
-            f"`{name}` must be a tuple of steps, got {_shown(value)}; "
-            "pass for example (20, 50), or ()."
-        )
-    for step in value:
-        check_integer(name, step, 1)
-    return tuple(int(step) for step in value)
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises unless `value` is one of `choices`; names the nearest."""
-    if isinstance(value, str) and value in choices:
-        return
-    near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f"the nearest is '{near[0]}'" if near else "choose one of them"
-    options = ", ".join(f"'{c}'" for c in choices)
-    raise ValueError(f"`{name}` must be one of {options}, got {_shown(value)}; {hint}.")
-
-
-def check_number(name: str, value: Any, low: float, high: float | None = None) -> None:
-    """Raises when a plain number is out of range; JAX scalars and schedules pass."""
-    if callable(value) or (isinstance(value, jax.Array) and value.shape == ()):
-        return
-    is_number = isinstance(value, numbers.Real | np.ndarray)
-    if isinstance(value, bool) or not is_number or np.shape(cast(Any, value)) != ():
-        raise ValueError(
-            f"`{name}` must be a number, a scalar array or a schedule, got "
-            f"{_shown(value)}; pass one number, or a function of the step count."
-        )
-    number = float(cast(float, value))
-    inside = number >= low and (high is None or number < high)
-    if not inside:
-        rule = f">= {low:g}" if high is None else f"in [{low:g}, {high:g})"
-        raise ValueError(
-            f"`{name}` must be {rule}, got {value}; choose a value in that range."
-        )
-
-
-def _shown(value: Any) -> str:
-    """A value and its type on one short line."""
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return f"{text} ({type(value).__name__})"

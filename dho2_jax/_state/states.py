@@ -195,44 +195,91 @@ def layout_of_state(state: CurvatureState) -> layouts.Layout:
     return vectors.layout
 
 
-def find(state: PyTree) -> CurvatureState:
+def located(state: PyTree, where: str | None = None) -> dict[str, DHO2State]:
+    """Returns the DHO² states in any nest of Optax states, by what tells them apart.
+
+    That are the keys on the way to them, as those of `optax.partition`, or else the
+    whole path.
+
+    Args:
+      state: The nest.
+      where: Of which states: the name, or any key or field on the way. None: of all.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_ours)
+    found = [(path, node) for path, node in paths if is_ours(node)]
+    keys = [[str(k.key) for k in path if hasattr(k, "key")] for path, _ in found]
+    names = ["/".join(x) for x in keys]
+    ways = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    if len(set(names)) < len(names):
+        names = ways
+    chosen = {
+        name: node
+        for name, way, (_, node) in zip(names, ways, found, strict=True)
+        if where is None or where == name or where in way.split("/") or where == way
+    }
+    if not chosen and where is not None and found:
+        raise ValueError(
+            f"`where` must lead to a DHO² state, got {where!r}; choose from {names}."
+        )
+    if not chosen:
+        raise ValueError(
+            "`state` must hold a DHO² state, got none; pass the state of dho2(...), or "
+            "of any wrapper around one, as the first argument."
+        )
+    return chosen
+
+
+def find(state: PyTree, where: str | None = None) -> CurvatureState:
     """Returns the one curvature state in any nest of Optax states, unboxed."""
-    found = [s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)]
-    _check_one(found)
-    return _unboxed(found[0].curvature)
+    found = located(state, where)
+    if len(found) != 1:
+        raise ValueError(
+            f"`state` must hold exactly one DHO² state, got {len(found)} of them; say "
+            f"where=, one of {list(found)}."
+        )
+    (one,) = found.values()
+    return unboxed(one.curvature)
 
 
 def replace(
-    state: PyTree, change: Callable[[CurvatureState], CurvatureState]
+    state: PyTree,
+    change: Callable[[CurvatureState], CurvatureState],
+    where: str | None = None,
 ) -> PyTree:
-    """Returns the nest with its one curvature state changed, boxed as it was."""
-    _check_one([s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)])
+    """Returns the nest with its curvature states changed, boxed as they were."""
+    chosen = {id(node) for node in located(state, where).values()}
 
     def visit(node: Any) -> Any:
-        if not is_ours(node):
+        if id(node) not in chosen:
             return node
-        new = change(_unboxed(node.curvature))
+        new = change(unboxed(node.curvature))
         boxes = jax.tree.structure(node.curvature)
         return node._replace(curvature=jax.tree.unflatten(boxes, jax.tree.leaves(new)))
 
     return jax.tree.map(visit, state, is_leaf=is_ours)
 
 
-def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
+def set_enabled(
+    state: PyTree, enabled: bool | Array, *, where: str | None = None
+) -> PyTree:
     """Switches DHO² on or off in mid-run; the base optimizer's state is kept.
 
     Off, every update is exactly the base optimizer's, times `rate_schedule`. On again,
     the old subspace is used until the next refresh; call `refresh` if it is old.
 
     Args:
-      state: Any nest of Optax states that holds one DHO² state.
+      state: Any nest of Optax states that holds DHO² states.
       enabled: A bool, or a traced boolean scalar.
+      where: Which of several states, see `metrics`; None: all.
 
     Returns:
       The state with nothing else changed.
 
     Raises:
-      ValueError: If `state` holds no DHO² state, or several, or `enabled` is no bool.
+      ValueError: If `state` holds no DHO² state, or `enabled` is no bool.
     """
     is_array = isinstance(enabled, bool | np.bool_ | np.ndarray | jax.Array)
     is_bool = is_array and jnp.issubdtype(jnp.result_type(enabled), jnp.bool_)
@@ -245,6 +292,7 @@ def set_enabled(state: PyTree, enabled: bool | Array) -> PyTree:
     return replace(
         state,
         lambda s: s._replace(enabled=jnp.asarray(enabled, bool)),
+        where,
     )
 
 
@@ -253,16 +301,7 @@ def is_ours(x: Any) -> bool:
     return isinstance(x, DHO2State)
 
 
-def _check_one(found: list) -> None:
-    if len(found) != 1:
-        what = "none" if not found else f"{len(found)} of them"
-        raise ValueError(
-            f"`state` must hold exactly one DHO² state, got {what}; pass the state of "
-            "dho2(...), or of any wrapper around one, as the first argument."
-        )
-
-
-def _unboxed(state: CurvatureState) -> CurvatureState:
+def unboxed(state: CurvatureState) -> CurvatureState:
     """Replaces whatever boxes a leaf (as Flax NNX's variables do) by the leaf."""
 
     def is_box(x: Any) -> bool:

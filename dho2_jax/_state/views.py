@@ -8,28 +8,42 @@ from typing import Any
 import jax.numpy as jnp
 
 from dho2_jax._numerics import subspaces
-from dho2_jax._state.states import drift, find, is_active
+from dho2_jax._state.states import (
+    CurvatureState,
+    drift,
+    is_active,
+    located,
+    unboxed,
+)
 from dho2_jax._types import Array, PyTree
 from dho2_jax._vectors import layouts
 from dho2_jax._vectors.slices import copies, gather
 
 
-def subspace(state: PyTree) -> subspaces.Subspace:
+def subspace(state: PyTree, *, where: str | None = None) -> Any:
     """Returns the eigenpairs in use, the eigenvectors as the parameters' own tree.
 
     For looking at, not for the training step.
 
     Args:
-      state: Any nest of Optax states that holds one DHO² state.
+      state: Any nest of Optax states that holds DHO² states.
+      where: Which of several states, see `metrics`.
 
     Returns:
       `Subspace(eigenvalues, eigenvectors, valid, next_eigenvalue, residuals)`; leaves
-      of `eigenvectors` are `(k + l, *param.shape)`, float32.
+      of `eigenvectors` are `(k + l, *param.shape)`, float32. Of several states, a dict
+      of such by name.
 
     Raises:
-      ValueError: If `state` holds no DHO² state, or several.
+      ValueError: If `state` holds no DHO² state, or `where` leads to none.
     """
-    config, ours = find(state).config, find(state).subspace
+    found = located(state, where)
+    all_of = {name: _subspace(unboxed(x.curvature)) for name, x in found.items()}
+    return next(iter(all_of.values())) if len(all_of) == 1 else all_of
+
+
+def _subspace(state: CurvatureState) -> subspaces.Subspace:
+    config, ours = state.config, state.subspace
     vectors = ours.eigenvectors
     if isinstance(vectors, layouts.Packed):
         whole = ((config.size, *shape) for shape in vectors.layout.stored)
@@ -42,14 +56,17 @@ def subspace(state: PyTree) -> subspaces.Subspace:
     return ours._replace(eigenvectors=vectors)
 
 
-def metrics(state: PyTree) -> dict[str, Array]:
+def metrics(state: PyTree, *, where: str | None = None) -> dict[str, Array]:
     """Returns flat scalars for a logger.
 
     Args:
-      state: Any nest of Optax states that holds one DHO² state.
+      state: Any nest of Optax states that holds DHO² states.
+      where: Which of several states: the keys on the way to it, joined by "/", as "a"
+        in `optax.partition({"a": dho2(...), ...}, ...)`; where these do not tell them
+        apart, the whole path. Any part of the path that leads to one alone serves.
 
     Returns:
-      A dict of `()` arrays:
+      A dict of `()` arrays; of several states, with "name/" before each key:
 
       - "count": updates so far.
       - "enabled": 1 while DHO² is on.
@@ -75,9 +92,16 @@ def metrics(state: PyTree) -> dict[str, Array]:
         where the devices divide everything evenly.
 
     Raises:
-      ValueError: If `state` holds no DHO² state, or several.
+      ValueError: If `state` holds no DHO² state, or `where` leads to none.
     """
-    ours = find(state)
+    found = located(state, where)
+    all_of = {name: _metrics(unboxed(x.curvature)) for name, x in found.items()}
+    if len(all_of) == 1:
+        return next(iter(all_of.values()))
+    return {f"{a}/{b}": x for a, one in all_of.items() for b, x in one.items()}
+
+
+def _metrics(ours: CurvatureState) -> dict[str, Array]:
     space, counters, active = ours.subspace, ours.counters, is_active(ours)
     valid = space.valid
     scale = jnp.max(jnp.where(valid, jnp.abs(space.eigenvalues), 0.0))

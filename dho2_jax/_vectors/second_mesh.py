@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two meshes for one state: what its vectors and the caller's arrays are on another."""
 
-from collections import Counter
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax._state.config import Config, frozen_specs
 from dho2_jax._types import Array, PyTree
 from dho2_jax._vectors import layouts, sharding, slices
 from dho2_jax._vectors.layouts import Layout
@@ -36,7 +34,7 @@ def laid_out(tree: PyTree, mesh: Mesh, specs: Any, name: str) -> PyTree:
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where)
 
     shapes = jax.tree.map(lambda x: shape(x, P()), tree)
-    found = sharding.read_specs(shapes, mesh, frozen_specs(specs), name)
+    found = sharding.read_specs(shapes, mesh, sharding.frozen_specs(specs), name)
     leaves = map(shape, jax.tree.leaves(tree), found)
     return jax.tree.unflatten(jax.tree.structure(tree), list(leaves))
 
@@ -45,29 +43,3 @@ def layout_on(mesh: Mesh, layout: Layout, params: PyTree) -> Layout:
     """Returns the layout on another mesh, where the parameters lie as they say."""
     leaves, _ = layouts.match(params, layout)
     return layouts.on_mesh(layout, mesh, [x.sharding.spec for x in leaves])
-
-
-def check_disjoint(config: Config, mesh: Mesh) -> None:
-    """Raises unless the two meshes can share the work."""
-    if config.mesh is None or config.refresh != "external":
-        how = "axis_name=" if config.axis_name else f"mesh={config.mesh}"
-        raise ValueError(
-            "`state` must come from dho2(refresh='external', mesh=...), got "
-            f"refresh='{config.refresh}' and {how}; make dho2 so."
-        )
-    shared = set(mesh.devices.flat) & set(config.mesh.devices.flat)
-    if shared:
-        raise ValueError(
-            "`mesh` must share no device with the mesh of dho2, got "
-            f"{min(shared, key=lambda d: d.id)} in both; split jax.devices() in two."
-        )
-    ours, theirs = (
-        Counter(d.process_index for d in m.devices.flat) for m in (mesh, config.mesh)
-    )
-    if set(ours) != set(theirs) or len(set(ours.values())) > 1:
-        raise ValueError(
-            "`mesh` must have the same number of devices from every process that "
-            f"trains, got {dict(sorted(ours.items()))} by process for "
-            f"{dict(sorted(theirs.items()))} on the mesh of dho2; take as many of each "
-            "process's jax.local_devices()."
-        )

@@ -313,3 +313,9 @@ def _check_spec(spec: P, shape: Shape, mesh: Mesh, path: str, name: str) -> None
             f"`{name}` must divide each dimension evenly, got {spec} {where} on a "
             f"mesh {dict(mesh.shape)}; use P() where nothing fits."
         )
+
+
+def frozen_specs(specs: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Returns a tree of partition specs as hashable parts."""
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
+    return treedef, tuple(leaves)

@@ -5,6 +5,7 @@ The only file of the application that builds optimizers. Imports the core, `conf
 `errors`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +29,18 @@ BASE_DEFAULTS: dict[str, Any] = {
 }
 # `config.optimizer.schedule` takes the place of the first; the others follow from
 # `config.mesh_shape` and the fields beside it.
-NOT_FIELDS = ("rate_schedule", "mesh", "param_specs", "axis_name", "curvature_mask")
+NOT_FIELDS = (
+    "rate_schedule",
+    "schedule",
+    "mesh",
+    "param_specs",
+    "axis_name",
+    "curvature_mask",
+)
+
+
+# Those of a `Schedule`.
+TIMES = ("refresh_period", "warmup_steps", "early_refreshes", "max_drift")
 
 
 class Optimizer(NamedTuple):
@@ -96,7 +108,8 @@ SCHEDULES: dict[str, Schedule] = {
 
 def optimizer_defaults() -> dict[str, Any]:
     """Returns every field of `config.optimizer` with its default."""
-    return BASE_DEFAULTS | keyword_defaults(dho2_jax.dho2, skip=NOT_FIELDS)
+    found = BASE_DEFAULTS | keyword_defaults(dho2_jax.dho2, skip=NOT_FIELDS)
+    return found | {"early_refreshes": dho2_jax.Schedule().early_refreshes}
 
 
 def _schedule(name: str, where: str) -> Schedule:
@@ -175,39 +188,34 @@ def build_dho2(
     if mesh is not None:
         arguments |= {"mesh": mesh, "param_specs": param_specs}
     beside = fields.refresh == "staggered" or curvature_mesh is not None
-    if fields.refresh == "staggered":
-        # The first ones are the loop's, at once.
-        arguments["warmup_steps"] = fields.warmup_steps + fields.refresh_period
-        arguments["early_refreshes"] = ()
     try:
-        # Of these dho2 itself may not get to see all.
-        dho2_jax.should_refresh(0, early_refreshes=tuple(fields.early_refreshes))
+        times = dho2_jax.Schedule(
+            **{name: arguments.pop(name) for name in TIMES if name in arguments}
+        )
+        period, first = times.refresh_period, times.warmup_steps
+        # With curvature that is made beside the steps the first ones are the loop's.
+        later = dataclasses.replace(
+            times, warmup_steps=first + period, early_refreshes=()
+        )
+        arguments["schedule"] = later if fields.refresh == "staggered" else times
         transform = dho2_jax.dho2(
             base, rate_schedule=outside(1.0, config.steps), **arguments
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"config.optimizer: {error}") from error
-    first, period = fields.warmup_steps, fields.refresh_period
-    early = tuple(fields.early_refreshes)
     refresh_at = launch_at = sweep_of = None
     if beside:
         # Nothing would be known of the curvature until the first one is through, and in
         # the beginning it changes faster than a slow one follows.
+        early = times.early_refreshes or ()
         at_once = {first + step for step in (0, *early) if step < period}
         refresh_at = at_once.__contains__
     elif fields.refresh == "external":
-        refresh_at = functools.partial(
-            dho2_jax.should_refresh,
-            refresh_period=period,
-            warmup_steps=first,
-            early_refreshes=early,
-        )
-    later = {"refresh_period": period, "warmup_steps": first + period}
+        refresh_at = functools.partial(dho2_jax.should_refresh, of=transform)
     if fields.refresh == "staggered":
-        later["num_matvecs"] = num_matvecs(config)
-        sweep_of = functools.partial(dho2_jax.sweep_index, **later)
+        sweep_of = functools.partial(dho2_jax.sweep_index, of=transform)
     elif beside:
-        launch_at = functools.partial(dho2_jax.should_refresh, **later)
+        launch_at = functools.partial(dho2_jax.should_refresh, of=later)
     return Optimizer(
         "dho2",
         f"DHO² ({BASES[fields.base][0]})",
@@ -219,7 +227,7 @@ def build_dho2(
         sweep_of=sweep_of,
         stagger_axis=config.stagger_axis,
         curvature_mesh=curvature_mesh,
-        land_after=config.land_after or max(1, fields.refresh_period // 4),
+        land_after=config.land_after or max(1, period // 4),
     )
 
 
