@@ -45,7 +45,7 @@ def value_fn(
       ValueError: If `loss_fn` is no function, or `model` holds nothing that `wrt`
         selects.
     """
-    is_pair = isinstance(loss_fn, tuple) and len(loss_fn) == 2
+    is_pair = isinstance(loss_fn, tuple | dho2_jax.SplitLoss)
     fns: list[Any] = list(loss_fn) if is_pair else [loss_fn]
     for fn in fns:
         if not callable(fn) or isinstance(fn, nnx.Module | nnx.Optimizer):
@@ -69,7 +69,7 @@ def value_fn(
             "`has_aux` must be False with a pair of functions, got True; return the "
             "outputs and the loss alone."
         )
-    return of_params, lambda outputs: fns[1](outputs, *args)
+    return dho2_jax.SplitLoss(of_params, lambda outputs: fns[1](outputs, *args))
 
 
 def refresh(

@@ -27,9 +27,10 @@ WINGS = ("_numerics", "_vectors", "_state", "_refresh", "_step")
 LAYERS = (
     {"_types"},
     {"_checks"},
-    {"_numerics.linalg", "_numerics.reaches", "_numerics.schedules"},
+    {"_numerics.linalg", "_numerics.losses", "_numerics.reaches"},
     {"_numerics.operators", "_numerics.lanczos", "_numerics.ritz"},
-    {"_numerics.subspaces", "_numerics.rates", "_numerics.chunks"},
+    {"_numerics.subspaces", "_numerics.rates", "_numerics.schedules"},
+    {"_numerics.chunks"},
     {"_vectors.sharding", "_vectors.axes"},
     {"_vectors.layouts", "_vectors.transfer"},
     {"_vectors.slices", "_vectors.device_groups"},

@@ -105,7 +105,9 @@ def test_bfloat16_parameters_give_float32_products(hessian, gauss_newton, name):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     value_fn = (LOSS.outputs_fn, LOSS.loss_fn) if name == "ggn" else LOSS
     v = direction()
-    product = jit(lambda p, v: operators.build_matvec(name, value_fn, p)(v))(params, v)
+    product = jit(lambda p, v: operators.curvature_matvec(name, value_fn, p)(v))(
+        params, v
+    )
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(product))
     matrix = gauss_newton if name == "ggn" else hessian
     # bfloat16 has three digits less than float32, and a difference of gradients at a

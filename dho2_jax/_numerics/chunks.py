@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dho2_jax._checks import check_integer
-from dho2_jax._numerics.operators import is_pair
+from dho2_jax._numerics.losses import SplitLoss, as_loss
 from dho2_jax._types import Array, Params, PyTree
 
 
@@ -50,18 +50,19 @@ def chunked_value_fn(loss_fn: Any, batch: PyTree, *, num_chunks: int) -> Any:
             )
         return jnp.mean(losses, dtype=jnp.float32)
 
-    if callable(loss_fn):
-        return lambda params: mean(_one_by_one(loss_fn, params, chunks))
-    if is_pair(loss_fn):
+    loss_fn = as_loss(loss_fn)
+    if isinstance(loss_fn, SplitLoss):
         outputs_fn, loss_of_outputs = loss_fn
 
         def of_both(_, both: tuple[PyTree, PyTree]) -> Array:
             return loss_of_outputs(*both)
 
-        return (
+        return SplitLoss(
             lambda params: _one_by_one(outputs_fn, params, chunks),
             lambda outputs: mean(_one_by_one(of_both, None, (outputs, chunks))),
         )
+    if callable(loss_fn):
+        return lambda params: mean(_one_by_one(loss_fn, params, chunks))
     raise ValueError(
         "`loss_fn` must be a function (params, batch) -> loss, or for curvature='ggn' "
         f"the pair (outputs_fn, loss_fn), got {type(loss_fn).__name__}; pass one."

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dho2_jax._checks import check_choice
 from dho2_jax._numerics import linalg
+from dho2_jax._numerics.losses import SplitLoss, as_loss
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
 
 _TWICE = (
@@ -156,17 +158,27 @@ def ggn_vp(
         return _product(product, params, "ggn", _has_custom_vjp(value_fn, params))
 
 
-def build_matvec(curvature: str, value_fn, params: Params) -> MatVec:
-    """Returns the product for a name of `OPERATORS`.
+def curvature_matvec(curvature: str, value_fn: Any, params: Params) -> MatVec:
+    """Returns the curvature product of a name, as `dho2` makes it.
 
     Args:
-      curvature: One of `OPERATORS`.
-      value_fn: The loss of the parameters; for "ggn" the pair `(outputs_fn, loss_fn)`.
-      params: Where.
+      curvature: "hessian", "ggn", "reverse_over_reverse" or "central_difference".
+      value_fn: `params -> ()`; for "ggn" a `SplitLoss`, or the pair of its functions.
+      params: A pytree of real arrays, where the product is taken.
+
+    Returns:
+      `v -> C v` for a pytree like the parameters, float32.
+
+    Raises:
+      ValueError: For another name, or a loss that the product cannot be made of.
     """
-    if curvature == "ggn":
-        return ggn_vp(*_ggn_pair(value_fn), params)
+    check_choice("curvature", curvature, tuple(OPERATORS))
     return OPERATORS[curvature](value_fn, params)
+
+
+def _ggn_of_split(value_fn: Any, params: Params) -> MatVec:
+    outputs_fn, loss_fn = _split(value_fn)
+    return ggn_vp(outputs_fn, loss_fn, params)
 
 
 def directional_curvature(
@@ -192,21 +204,21 @@ def directional_curvature(
         if not _has_custom_vjp(value_fn, params):
             return line(value_fn, params, along)
     if curvature == "ggn":
-        outputs_fn, loss_fn = _ggn_pair(value_fn)
-        check_value_fn(lambda x: loss_fn(outputs_fn(x)), params)
-        if not _has_custom_vjp(lambda x: loss_fn(outputs_fn(x)), params):
-            outputs, tangent = jax.jvp(outputs_fn, (params,), (along,))
-            return line(loss_fn, outputs, tangent)
-    return linalg.vdot(along, build_matvec(curvature, value_fn, params)(along))
+        value_fn = _split(value_fn)
+        check_value_fn(value_fn, params)
+        if not _has_custom_vjp(value_fn, params):
+            outputs, tangent = jax.jvp(value_fn.outputs_fn, (params,), (along,))
+            return line(value_fn.loss_fn, outputs, tangent)
+    return linalg.vdot(along, curvature_matvec(curvature, value_fn, params)(along))
 
 
 OPERATORS: dict[str, Callable] = {
     "hessian": hvp,
-    "ggn": ggn_vp,
+    "ggn": _ggn_of_split,
     "reverse_over_reverse": hvp_reverse_over_reverse,
     "central_difference": hvp_central_difference,
 }
-"""What `curvature=` may be."""
+"""What `curvature=` may be: `(value_fn, params) -> matvec` each."""
 
 
 def check_not_empty(params: Params, where: str, name: str = "params") -> None:
@@ -255,11 +267,6 @@ def check_value_fn(value_fn, params: Params) -> None:
         )
 
 
-def is_pair(fn: object) -> bool:
-    """Returns whether `fn` is a loss in two parts, as curvature="ggn" needs."""
-    return isinstance(fn, tuple) and len(fn) == 2 and all(map(callable, fn))
-
-
 def check_takes_params(value_fn: Callable, params: Params) -> None:
     """Raises unless `value_fn` can be called with the parameters alone."""
     try:
@@ -273,8 +280,9 @@ def check_takes_params(value_fn: Callable, params: Params) -> None:
         return
 
 
-def _ggn_pair(value_fn: Any) -> tuple[Any, Any]:
-    if not is_pair(value_fn):
+def _split(value_fn: Any) -> SplitLoss:
+    value_fn = as_loss(value_fn)
+    if not isinstance(value_fn, SplitLoss):
         raise ValueError(
             "`value_fn` must be the pair (outputs_fn, loss_fn) for curvature='ggn', "
             f"got {type(value_fn).__name__}; outputs_fn maps parameters to the "

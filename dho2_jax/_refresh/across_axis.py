@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dho2_jax._checks import check_choice
-from dho2_jax._numerics import operators
+from dho2_jax._numerics import losses, operators
 from dho2_jax._refresh import staggered
 from dho2_jax._state.states import CurvatureState, find, layout_of_state
 from dho2_jax._types import Array, Params, PyTree
@@ -85,8 +85,9 @@ def staggered_value_and_grad(
     Deviates from the paper, where a device computes either for good: the turn rotates,
     and products are data-parallel within a group.
     """
+    loss_fn = losses.as_loss(loss_fn)
     _check(loss_fn, mesh, stagger_axis, curvature)
-    loss, halves = _two_forms(loss_fn, has_aux, curvature)
+    loss, halves = _two_forms(loss_fn, has_aux)
     number = mesh.shape[stagger_axis]
 
     def svag(
@@ -122,7 +123,7 @@ def staggered_value_and_grad(
                 _, rebuild = layouts.match(params, layout)
                 part, merge = layouts.restrict(rebuild(point), layout)
                 of_part = halves(merge, curvature_batch, keys)
-                matvec = operators.build_matvec(curvature, of_part, tuple(part))
+                matvec = operators.curvature_matvec(curvature, of_part, tuple(part))
                 shapes = jax.eval_shape(lambda: gradient()[0])
                 found = jax.tree.map(_zeros, shapes)
                 grads = jax.tree.map(jnp.zeros_like, params)
@@ -168,31 +169,16 @@ def staggered_value_and_grad(
     return svag
 
 
-def _two_forms(loss_fn: Any, has_aux: bool, curvature: str) -> tuple[Any, Any]:
+def _two_forms(loss_fn: Any, has_aux: bool) -> tuple[Any, Any]:
     """Returns the loss with auxiliary outputs, and a maker of what products are of."""
-    if curvature == "ggn":
-        outputs_fn, output_loss = loss_fn
-
-        def whole(params, batch, *args):
-            return output_loss(outputs_fn(params, batch, *args), batch, *args)
-
-    else:
-        whole = loss_fn
 
     def loss(params, batch, *args):
-        found = whole(params, batch, *args)
+        found = loss_fn(params, batch, *args)
         return found if has_aux else (found, ())
 
     def halves(merge, batch, args):
-        def first(found):
-            return found[0] if has_aux else found
-
-        if curvature == "ggn":
-            return (
-                lambda part: outputs_fn(merge(part), batch, *args),
-                lambda outputs: first(output_loss(outputs, batch, *args)),
-            )
-        return lambda part: first(whole(merge(part), batch, *args))
+        found = losses.on_batch(losses.of_part(loss_fn, merge), batch, *args)
+        return losses.without_aux(found) if has_aux else found
 
     return loss, halves
 
@@ -249,8 +235,8 @@ def _check(loss_fn: Any, mesh: Any, stagger_axis: Any, curvature: Any) -> None:
             "the product while the others go on."
         )
     check_choice("curvature", curvature, tuple(operators.OPERATORS))
-    is_pair = isinstance(loss_fn, tuple) and len(loss_fn) == 2
-    if (curvature == "ggn") != is_pair or not (is_pair or callable(loss_fn)):
+    is_split = isinstance(loss_fn, losses.SplitLoss)
+    if (curvature == "ggn") != is_split or not callable(loss_fn):
         raise ValueError(
             "`loss_fn` must be a function of (params, batch, *args), or with "
             "curvature='ggn' the pair (outputs_fn, output_loss), got "

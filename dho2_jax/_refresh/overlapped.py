@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax._numerics import linalg, rates, subspaces
-from dho2_jax._numerics.operators import is_pair
+from dho2_jax._numerics import linalg, losses, rates, subspaces
 from dho2_jax._refresh import at_once
 from dho2_jax._refresh.products import Products, products_at
 from dho2_jax._state.config import Config
@@ -127,6 +126,7 @@ def overlapped_refresh(
     make is of the direction at launch, and is put to use with the subspace or not at
     all.
     """
+    value_fn = losses.as_loss(value_fn)
     _check(value_fn, mesh)
     compute = jax.jit(functools.partial(_compute, value_fn), static_argnums=(0, 1, 2))
 
@@ -209,11 +209,8 @@ def _compute(
     batch: PyTree,
 ) -> tuple[transfer.Pieces, ...]:
     """The program of the curvature mesh."""
-    if isinstance(value_fn, tuple):
-        of_params: Any = tuple(lambda x, f=f: f(x, batch) for f in value_fn)
-    else:
-        of_params = lambda params: value_fn(params, batch)  # noqa: E731
-    part, products = products_at(config, layout, params, of_params, None)
+    value_fn = losses.on_batch(value_fn, batch)
+    part, products = products_at(config, layout, params, value_fn, None)
     found = at_once.compute_subspace(
         config, layout, products.matvec(), question.attempt
     )
@@ -299,7 +296,7 @@ def _check(value_fn: Any, mesh: Any) -> None:
             f"`mesh` must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one "
             "with jax.make_mesh, of devices that do not train."
         )
-    if not (callable(value_fn) or is_pair(value_fn)):
+    if not callable(value_fn):
         raise ValueError(
             "`value_fn` must be a function of (params, batch), or with "
             "curvature='ggn' the pair (outputs_fn, loss_fn), got "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax._numerics import linalg, operators
+from dho2_jax._numerics import linalg, losses, operators
 from dho2_jax._state.config import Config
 from dho2_jax._types import Array, MatVec, Params, PyTree, ValueFn
 from dho2_jax._vectors import axes, layouts, slices
@@ -43,7 +43,7 @@ def products_at(
         of_part = _of_part(value_fn, params, merge)
 
         def build() -> MatVec:
-            return operators.build_matvec(config.curvature, of_part, part)
+            return operators.curvature_matvec(config.curvature, of_part, part)
 
         def along(d: PyTree) -> Array:
             return operators.directional_curvature(config.curvature, of_part, part, d)
@@ -100,30 +100,29 @@ def check_one_source(value_fn, matvec_fn, where: str) -> None:
 
 
 def _of_part(value_fn: Any, params: Params, merge: Callable) -> Any:
-    """Returns the loss, or the pair of "ggn", as a function of the state's leaves.
+    """Returns the loss as a function of the state's leaves.
 
     Anything else is returned as it is: the curvature products say what is wrong.
     """
-    if isinstance(value_fn, tuple) and len(value_fn) == 2:
-        return (_of_part(value_fn[0], params, merge), value_fn[1])
-    if callable(value_fn):
-        operators.check_takes_params(value_fn, params)
-        return lambda part: value_fn(merge(part))
-    return value_fn
+    value_fn = losses.as_loss(value_fn)
+    if not callable(value_fn):
+        return value_fn
+    first = getattr(value_fn, "outputs_fn", value_fn)
+    operators.check_takes_params(first, params)
+    return losses.of_part(value_fn, merge)
 
 
 def _check_takes_holes(value_fn: Any, params: Params) -> None:
     """Raises when a loss of all parameters meets the masked tree of `optax.masked`."""
-    if isinstance(value_fn, tuple):
-        value_fn = value_fn[0]
+    value_fn = losses.as_loss(value_fn)
     try:
         jax.eval_shape(value_fn, params)
     except Exception as error:
         raise ValueError(
             "`value_fn` must take the masked parameters inside optax.masked or "
-            f"optax.partition, got {type(error).__name__} from it; use "
-            "refresh='external' and dho2_jax.refresh(state, params, value_fn), which "
-            "takes all parameters."
+            f"optax.partition, got {type(error).__name__} from it; pass all "
+            "parameters too, as whole_params=, or use refresh='external' and "
+            "dho2_jax.refresh(state, params, value_fn)."
         ) from error
 
 

@@ -226,8 +226,8 @@ def located(state: PyTree, where: str | None = None) -> dict[str, DHO2State]:
         )
     if not chosen:
         raise ValueError(
-            "`state` must hold a DHO² state, got none; pass the state of dho2(...), or "
-            "of any wrapper around one, as the first argument."
+            "`state` must hold exactly one DHO² state, got none; pass the state of "
+            "dho2(...), or of any wrapper around one, as the first argument."
         )
     return chosen
 

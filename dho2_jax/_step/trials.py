@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dho2_jax._numerics import reaches
-from dho2_jax._numerics.operators import is_pair
+from dho2_jax._numerics.losses import as_loss
 from dho2_jax._state.config import Config
 from dho2_jax._step.proposals import Proposal
 from dho2_jax._types import Array, Params
@@ -30,6 +30,7 @@ def value_at(
     if value_fn is None or params is None or config.base_rate == "fixed":
         return None
     leaves, merge = layouts.restrict(params, layout)
+    loss = as_loss(value_fn)
 
     def value(updates: list[Array] | None) -> Array:
         part: Any = leaves
@@ -37,12 +38,7 @@ def value_at(
         if new is not None:
             part = optax.apply_updates(part, new)
         at = merge(part)
-        if is_pair(value_fn):
-            outputs_fn, loss_fn = value_fn
-            found = loss_fn(outputs_fn(at))
-        else:
-            found = value_fn(at)
-        found = jnp.asarray(found, jnp.float32)
+        found = jnp.asarray(loss(at), jnp.float32)
         return axes.mean(found, config.axis_name) if config.axis_name else found
 
     return value
