@@ -43,9 +43,7 @@ def on_page_markdown(markdown, page, config, files):
     source = shown if shown != here else f"docs/{here}"
 
     def turned(match):
-        target = posixpath.normpath(
-            posixpath.join(posixpath.dirname(source), match[2])
-        )
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
         if not (ROOT / target).exists():  # brackets in code
             return match[0]
         inside = target.startswith("docs/")
