@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets the pages link to files of the repository, as a reader of the source can.
 
-A page in `docs/` links to `../benchmarks/README.md`. Such files become part of the site,
-below `repository/`, and the links are turned to them.
+A page in `docs/` links to `../benchmarks/README.md`. Such files become part of the
+site, below `repository/`, and the links are turned to them.
 """
 
 import pathlib
