@@ -58,7 +58,7 @@ def sweep_index(
         sweep, to tell which starts are passed over because a sweep is under way.
 
     Returns:
-      How many sweeps have started up to this step, less one: -1 before the first.
+      How many sweeps have started up to this step, less one; -1 before the first.
 
     Raises:
       ValueError: If an argument is not an integer in its range, or `num_matvecs` is

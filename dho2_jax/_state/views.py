@@ -49,7 +49,7 @@ def metrics(state: PyTree) -> dict[str, Array]:
       state: Any nest of Optax states that holds one DHO² state.
 
     Returns:
-      A dict of `()` arrays:
+      A dict of `()` arrays.
 
       - "count": updates so far.
       - "enabled": 1 while DHO² is on.
