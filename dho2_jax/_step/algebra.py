@@ -108,7 +108,7 @@ def join(
       state: Before the step.
       parts: What `split` made of the gradient.
       steps: d, the base's update of what it was given.
-      rates: The hyper-parameters.
+      hyper: The hyper-parameters.
       products: The curvature at the parameters, for the rate's probes, if there is one.
       probe: With a staggered refresh, what was measured along the last step instead.
       tried: Whether the caller tries a bold step on the loss. Static.
