@@ -1,4 +1,4 @@
-"""What the guide says of decay, clipping and loss scaling, against dense algebra."""
+"""What the recipes say of decay, clipping and loss scaling, against dense algebra."""
 
 import functools
 

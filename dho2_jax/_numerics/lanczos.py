@@ -30,12 +30,19 @@ class LanczosState(NamedTuple):
 
 
 class LanczosResult(NamedTuple):
-    """A V^T = V^T T + r e_m^T, with T tridiagonal."""
+    r"""$A V^\top = V^\top T + r e_m^\top$, with T tridiagonal.
 
-    alphas: Array  # (m,), float32: the diagonal of T
-    betas: Array  # (m - 1,), float32: beside the diagonal; 0 where the recursion ended
-    basis: Rows  # leaves (m, *shape), float32: orthonormal rows, 0 after a breakdown
-    residual: PyTree  # r, a vector orthogonal to the basis
+    Attributes:
+      alphas: The diagonal of T, `(m,)`, float32.
+      betas: Beside the diagonal, `(m - 1,)`, float32; 0 where the recursion ended.
+      basis: V, leaves `(m, *shape)`, float32: orthonormal rows, 0 after a breakdown.
+      residual: r, a vector like `v0`, orthogonal to the basis.
+    """
+
+    alphas: Array
+    betas: Array
+    basis: Rows
+    residual: PyTree
 
 
 def start(
@@ -196,9 +203,8 @@ def lanczos_tridiag(
         when vectors are sharded.
 
     Returns:
-      `LanczosResult(alphas, betas, basis, residual)`: float32, `(m,)`, `(m-1,)`, leaves
-      `(m, *shape)`, and a pytree like `v0`. After a breakdown (an invariant subspace
-      was found) all later entries and rows are zero.
+      A `LanczosResult`. After a breakdown (an invariant subspace was found) all later
+      entries and rows are zero.
 
     Raises:
       ValueError: If `num_matvecs` < 1, `v0` is empty or not real floating point, or

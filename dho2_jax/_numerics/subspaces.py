@@ -15,13 +15,20 @@ class Subspace(NamedTuple):
     """Extreme eigenpairs; slots `[smallest ascending, largest ascending]`.
 
     A slot that holds no pair is zero and not `valid`, and takes no part in anything.
+
+    Attributes:
+      eigenvalues: lambda, `(k + l,)`, float32.
+      eigenvectors: V, leaves `(k + l, *param.shape)`, float32, orthonormal rows.
+      valid: Which slots hold a pair, `(k + l,)`, bool.
+      next_eigenvalue: lambda_+, the largest Ritz value not kept, `()`, float32.
+      residuals: Bounds on |H v - lambda v|, `(k + l,)`, float32.
     """
 
-    eigenvalues: Array  # lambda, (k + l,), float32
-    eigenvectors: Any  # V, leaves (k + l, *param.shape), float32, orthonormal rows
-    valid: Array  # (k + l,), bool
-    next_eigenvalue: Array  # lambda_+, (), float32: the largest Ritz value not kept
-    residuals: Array  # (k + l,), float32: bounds on |H v - lambda v|
+    eigenvalues: Array
+    eigenvectors: Any
+    valid: Array
+    next_eigenvalue: Array
+    residuals: Array
 
 
 def empty(eigenvectors: Any, size: int) -> Subspace:

@@ -70,7 +70,12 @@ class CurvatureState(NamedTuple):
 
 
 class DHO2State(NamedTuple):
-    """State of `dho2`."""
+    """State of `dho2`.
+
+    Attributes:
+      base_state: The base optimizer's own.
+      curvature: Everything else. Read it by `subspace` and `metrics`.
+    """
 
     base_state: optax.OptState
     curvature: CurvatureState

@@ -66,7 +66,7 @@ def metrics(state: PyTree, *, where: str | None = None) -> dict[str, Array]:
         apart, the whole path. Any part of the path that leads to one alone serves.
 
     Returns:
-      A dict of `()` arrays; of several states, with "name/" before each key:
+      A dict of `()` arrays; of several states, with "name/" before each key.
 
       - "count": updates so far.
       - "enabled": 1 while DHO² is on.
