@@ -14,8 +14,6 @@ from dho2_jax._state.config import make_config
 from dho2_jax._types import ScalarOrSchedule
 from dho2_jax._update import Settings, init_fn, update_fn
 
-_FOSI_CLIP = 3.0
-
 
 def dho2(
     base_optimizer: optax.GradientTransformation,
@@ -189,7 +187,7 @@ def dho2(
     check_number("subspace_decay", subspace_decay, 0.0, 1.0)
     check_number("damping", damping, 0.0)
     if max_base_scaling is None:
-        max_base_scaling = _FOSI_CLIP if base_rate == "fixed" else float("inf")
+        max_base_scaling = config.rule.cap
     check_number("max_base_scaling", max_base_scaling, 0.0)
     check_number("rate_schedule", rate_schedule, 0.0)
     made_of = Settings(

@@ -125,7 +125,7 @@ def update_fn(
         ours, parts, steps, hyper, products, probe, tried=value is not None
     )
 
-    reach = None if ours.rate is None else ours.rate.reach
+    reach = ours.rate.reach if config.rule.measures else None
     part = gather(vector, dtypes)
     part, trial = trials.attempt(reach, proposal, part, value)
     new_updates = layouts.map_outside(

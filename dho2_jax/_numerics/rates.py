@@ -186,8 +186,8 @@ def observe(
     return pick(told, new, rate)
 
 
-def pick(condition: Array, a: RateState, b: RateState) -> RateState:
-    """Returns one of two rules."""
+def pick(condition: Array, a: Any, b: Any) -> Any:
+    """Returns one of two states of a rule."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_jax._numerics import lanczos, linalg, rates, ritz, schedules, subspaces
+from dho2_jax._numerics import lanczos, linalg, ritz, schedules, subspaces
 from dho2_jax._refresh.products import Products, check_one_source, products_at
 from dho2_jax._state.config import Config
 from dho2_jax._state.states import (
@@ -100,8 +100,6 @@ def refreshed(
         state.config, layout_of_state(state), products.matvec(), attempts(state)
     )
     state = install(state, found, anchor_at(state, part), rounding(part))
-    if state.rate is None:
-        return state
     return state._replace(rate=_probe_if_unprobed(state, products))
 
 
@@ -188,7 +186,7 @@ def install(
         new,
         old,
         scale,
-        None if rate is None else rate.direction,
+        state.config.rule.direction(rate),
         active_slots(state.config, new, state.enabled),
     )
     accept = usable & (defect <= max(_DEFECT, 4 * rounding))
@@ -207,7 +205,7 @@ def install(
             recurrence_defect=defect,
         ),
         anchor=choose(anchor, state.anchor),
-        rate=None if rate is None else choose(rate._replace(**along), rate),
+        rate=choose(rate._replace(**along), rate),
         sweep=None if state.sweep is None else _given_up(state.sweep),
     )
 
@@ -282,13 +280,14 @@ def _compare(
     return usable, change, {"direction": direction, "length": length}
 
 
-def _probe_if_unprobed(state: CurvatureState, products: Products) -> rates.RateState:
+def _probe_if_unprobed(state: CurvatureState, products: Products) -> Any:
     """Probes the rate here when `update` had no loss to do it with."""
-    rate = state.rate
-    assert rate is not None
+    rule = state.config.rule
+    if not rule.measures:
+        return state.rate
 
-    def measure(rate: rates.RateState) -> rates.RateState:
+    def measure(rate: Any) -> Any:
         unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
-        return rates.adjust(rate, *products.bend(rate.direction), unlimited)
+        return rule.later_probe(rate, *products.bend(rate.direction), unlimited)
 
-    return jax.lax.cond(rates.is_unprobed(rate), measure, lambda r: r, rate)
+    return jax.lax.cond(rule.is_unprobed(state.rate), measure, lambda r: r, state.rate)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax._numerics import linalg, losses, rates, subspaces
+from dho2_jax._numerics import linalg, losses, subspaces
 from dho2_jax._refresh import at_once
 from dho2_jax._refresh.products import Products, products_at
 from dho2_jax._state.config import Config
@@ -188,10 +188,8 @@ def land(state: PyTree, pending: Pending) -> PyTree:
 
 @jax.jit
 def _note(ours: CurvatureState) -> _Noted:
-    layout, rate = layout_of_state(ours), ours.rate
-    unprobed, direction = jnp.zeros((), bool), None
-    if rate is not None:
-        unprobed, direction = rates.is_unprobed(rate), rate.direction
+    layout, rule = layout_of_state(ours), ours.config.rule
+    unprobed, direction = rule.is_unprobed(ours.rate), rule.direction(ours.rate)
     enabled, count, anchor = jax.tree.map(
         jnp.copy, (ours.enabled, ours.count, ours.anchor)
     )
@@ -256,13 +254,13 @@ def _land(
     path = now.path - jnp.where(now.count == then.count, then.path, 0.0)
     anchor = Anchor(noted.count, answer.norm, path)
     new = at_once.install(ours, answer.found, anchor, rounding)
-    if new.rate is not None:
-        accepted = new.counters.refreshes > ours.counters.refreshes
-        due = accepted & noted.question.unprobed & rates.is_unprobed(new.rate)
-        unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
-        probed = rates.adjust(new.rate, answer.bend, answer.length, unlimited)
-        rate = jax.tree.map(lambda a, b: jnp.where(due, a, b), probed, new.rate)
-        new = new._replace(rate=rate)
+    rule = new.config.rule
+    accepted = new.counters.refreshes > ours.counters.refreshes
+    due = accepted & noted.question.unprobed & rule.is_unprobed(new.rate)
+    unlimited = jnp.full((), jnp.inf, jnp.float32)  # the next step caps
+    probed = rule.later_probe(new.rate, answer.bend, answer.length, unlimited)
+    rate = jax.tree.map(lambda a, b: jnp.where(due, a, b), probed, new.rate)
+    new = new._replace(rate=rate)
     return slices.lay_out(layout_of_state(new), new)
 
 

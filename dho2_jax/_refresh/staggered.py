@@ -12,12 +12,12 @@ is of is therefore a function of the state alone (`turn` and `question`), and wh
 makes it, `update` or `staggered_value_and_grad`, need not know what for.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dho2_jax._numerics import lanczos, linalg, rates, schedules
+from dho2_jax._numerics import lanczos, linalg, schedules
 from dho2_jax._refresh import at_once
 from dho2_jax._refresh.products import products_at
 from dho2_jax._state.states import (
@@ -48,8 +48,9 @@ def turn(state: CurvatureState) -> Array:
     sweep, rate = _sweep_of(state), state.rate
     m = sweep.lanczos.betas.shape[0]
     kind = jnp.where(sweep.lanczos.index < m, ROW, NOTHING)
-    if rate is not None:
-        due = (rate.probed == 0) | rates.is_due(rate, often=kind == NOTHING)
+    rule = state.config.rule
+    if rule.measures:
+        due = (rate.probed == 0) | rule.wants_probe(rate, often=kind == NOTHING)
         due &= (rate.steps > 0) & jnp.any(is_active(state))
         # What this step puts to use would change the vector.
         due &= sweep.lanczos.index != m
@@ -71,7 +72,7 @@ def question(
     """
     sweep = _sweep_of(state)
     vector = sweep.lanczos.vector
-    if state.rate is not None:
+    if state.config.rule.measures:
         # |d|^2 is known, and d off the subspace already: no reduction is needed.
         length = state.rate.length
         scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))
@@ -128,7 +129,7 @@ def advance(
     kind = jnp.where(product.count == state.count, turn(state), NOTHING)
 
     bend = jnp.zeros((), jnp.float32)
-    if state.rate is not None:
+    if state.config.rule.measures:
         bend = jax.lax.cond(
             kind == PROBE,
             lambda rate, hd: slices.on_slices(layout, _bend, rate, hd),
@@ -208,7 +209,7 @@ def _step(
     return lanczos.step(run, product, inner)
 
 
-def _bend(inner: Inner, rate: rates.RateState, product: Packed) -> Array:
+def _bend(inner: Inner, rate: Any, product: Packed) -> Array:
     """Returns |d . H d| / |d|^2 from H d / |d|."""
     length = rate.length
     scale = jax.lax.rsqrt(jnp.where(length > 0, length, 1.0))

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from dho2_jax._checks import check_choice, check_integer, shown
 from dho2_jax._numerics import schedules
 from dho2_jax._numerics.operators import OPERATORS
+from dho2_jax._numerics.rules import RULES, Rule
 from dho2_jax._numerics.schedules import Schedule
 from dho2_jax._vectors.sharding import frozen_specs
 
 REFRESH_MODES = ("periodic", "staggered", "external")
-BASE_RATES = ("curvature", "fixed")
 MOMENTA = ("ema", "heavy_ball", "nesterov")
 NEGATIVE_CURVATURE = ("abs", "base")
 
@@ -68,6 +68,11 @@ class Config:
     def size(self) -> int:
         """Slots in the subspace, k + l."""
         return self.num_largest + self.num_smallest
+
+    @property
+    def rule(self) -> Rule:
+        """What sets s."""
+        return RULES[self.base_rate]
 
 
 def make_config(
@@ -129,10 +134,10 @@ def make_config(
             "passed your bound."
         )
     check_choice("subspace_momentum", subspace_momentum, MOMENTA)
-    check_choice("base_rate", base_rate, BASE_RATES)
+    check_choice("base_rate", base_rate, tuple(RULES))
     check_choice("curvature", curvature, tuple(OPERATORS))
     if negative_curvature is None:
-        negative_curvature = "abs" if base_rate == "fixed" else "base"
+        negative_curvature = RULES[base_rate].negative_curvature
     check_choice("negative_curvature", negative_curvature, NEGATIVE_CURVATURE)
     check_integer("seed", seed, 0)
     axis_name = _check_where(mesh, param_specs, axis_name)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax._numerics import lanczos, rates, subspaces
+from dho2_jax._numerics import lanczos, subspaces
 from dho2_jax._state.config import Config
 from dho2_jax._types import Array, PyTree
 from dho2_jax._vectors import layouts, sharding, slices
@@ -65,7 +65,7 @@ class CurvatureState(NamedTuple):
     base_scaling: Array  # s of the last update, (), float32
     counters: Counters
     anchor: Anchor  # of the subspace in use
-    rate: rates.RateState | None  # None with base_rate="fixed"
+    rate: Any  # the state of the rule that sets s, such as `rates.RateState`
     sweep: SweepState | None  # None unless refresh="staggered"
 
 
@@ -111,7 +111,7 @@ def init_curvature(
             recurrence_defect=jnp.zeros((), jnp.float32),
         ),
         anchor=_no_anchor(),
-        rate=rates.start(zeros()) if config.base_rate == "curvature" else None,
+        rate=config.rule.start(zeros()),
         sweep=_no_sweep(min(config.num_matvecs, layout.size), zeros, layout, params)
         if config.refresh == "staggered"
         else None,

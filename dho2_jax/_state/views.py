@@ -19,6 +19,8 @@ from dho2_jax._types import Array, PyTree
 from dho2_jax._vectors import layouts
 from dho2_jax._vectors.slices import copies, gather
 
+_COUNTS = ("rate_cuts", "bounds", "trials", "refusals")
+
 
 def subspace(state: PyTree, *, where: str | None = None) -> Any:
     """Returns the eigenpairs in use, the eigenvectors as the parameters' own tree.
@@ -106,8 +108,11 @@ def _metrics(ours: CurvatureState) -> dict[str, Array]:
     valid = space.valid
     scale = jnp.max(jnp.where(valid, jnp.abs(space.eigenvalues), 0.0))
     lowest = jnp.min(jnp.where(valid, space.eigenvalues, jnp.inf))
-    reach = None if ours.rate is None else ours.rate.reach
-    none = jnp.zeros((), jnp.int32)
+    counts = dict.fromkeys(_COUNTS, jnp.zeros((), jnp.int32))
+    if ours.config.rule.measures:
+        reach = ours.rate.reach
+        found = ours.rate.cuts, reach.bounds, reach.trials, reach.refusals
+        counts = dict(zip(_COUNTS, found, strict=True))
     return {
         "count": ours.count,
         "enabled": ours.enabled.astype(jnp.int32),
@@ -123,10 +128,7 @@ def _metrics(ours: CurvatureState) -> dict[str, Array]:
         "residual": jnp.max(space.residuals) / jnp.where(scale > 0, scale, 1.0),
         "recurrence_defect": counters.recurrence_defect,
         "base_scaling": ours.base_scaling,
-        "rate_cuts": none if ours.rate is None else ours.rate.cuts,
-        "bounds": none if reach is None else reach.bounds,
-        "trials": none if reach is None else reach.trials,
-        "refusals": none if reach is None else reach.refusals,
+        **counts,
         "momentum_norm": jnp.sqrt(jnp.sum(ours.momentum**2)),
         "replication": jnp.asarray(_replication(space.eigenvectors), jnp.float32),
     }

@@ -25,7 +25,7 @@ for the combination. Where V has changed since, the two differ: g2 of earlier st
 off another V, while all of the base's memory of g is taken off this one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +118,8 @@ def join(
       after it, but for that.
     """
     config, space, layout = state.config, state.subspace, layout_of_state(state)
-    rows, active = space.eigenvectors, parts.active
-    last = None if state.rate is None else state.rate.direction
+    rule, rows, active = config.rule, space.eigenvectors, parts.active
+    last = rule.direction(state.rate)
     if parts.inside is None:
         # Else a GPU stacks leaves of one shape within the one reduction that reads g, d
         # and V: at 1e8 numbers on an H200 2.4 ms, against 1.7 and two stacks of 0.2.
@@ -127,30 +127,30 @@ def join(
     seen = on_slices(layout, _measure, rows, parts, steps, last)
     length = jnp.sqrt(_length_outside(seen))
     inside = seen.inside
-    if state.rate is None:
-        rate, floor = None, 0.0
-        spread = subspaces.spread_of_largest(
-            space.eigenvalues, active, config.num_smallest
-        )
-        scale = jnp.where(jnp.any(active), jnp.clip(spread, 1.0, hyper.cap), 1.0)
-    else:
-        scale, rate = _set_rate(state, active, steps, seen, hyper, products, probe)
+    rate, floor = state.rate, 0.0
+    spread = subspaces.spread_of_largest(space.eigenvalues, active, config.num_smallest)
+    if rule.measures:
+        rate = _measured(state, active, steps, seen, hyper, products, probe)
         floor = _FLOOR
-
-    if rate is not None:
         # One gradient that is not finite shall not get into u.
         inside = jnp.where(jnp.all(jnp.isfinite(inside)), inside, 0.0)
+    use = jnp.any(active)
+    scale = jnp.where(use, rule.scale(rate, spread, hyper.cap), 1.0)
+    if rule.measures and probe is not None:
+        # The first step under the rule only measures: what it would be is known to the
+        # next, which can then ask for the curvature along it.
+        scale = jnp.where(use & (state.rate.steps == 0), 0.0, scale)
     momentum = _next_momentum(state, inside, hyper.decay)
     momentum = jnp.where(active, momentum, 0.0)
     inverse = subspaces.newton_scale(space.eigenvalues, active, hyper.damping, floor)
     newton = hyper.newton * momentum * inverse
 
-    if rate is None:
+    if not rule.measures:
         proposal = proposals.free(scale, newton, momentum, length)
         coefs = proposal.scale * seen.overlap + proposal.newton
         updates = on_slices(layout, _move, rows, coefs, steps, scale, hyper.schedule)
         return updates, proposal, state
-    assert state.rate is not None and seen.slope_ahead is not None
+    assert seen.slope_ahead is not None
     complement = jnp.sqrt(seen.complement_square)
     proposal, rate = proposals.bound(
         rate,
@@ -159,7 +159,7 @@ def join(
         momentum,
         proposals.Measures(length, seen.slope_ahead, inside, complement),
         hyper.schedule,
-        use=jnp.any(active),
+        use=use,
         fresh=(state.counters.attempted_at == state.count) | (state.rate.steps == 0),
         tried=tried,
     )
@@ -230,7 +230,7 @@ def _move_and_project(
     return linalg.together((moved, linalg.add_scaled(steps, -1.0, second)))
 
 
-def _set_rate(
+def _measured(
     state: CurvatureState,
     active: Array,
     steps: Packed,
@@ -238,24 +238,24 @@ def _set_rate(
     hyper: Hyper,
     products: Products | None,
     probe: Probe | None,
-) -> tuple[Array, rates.RateState]:
-    """One step of the curvature-set rate, which rests while no slot is active.
+) -> Any:
+    """Returns a measuring rule after the step, but for its direction.
 
-    Returns:
-      s, and the rule after the step but for its direction.
+    It rests while no slot is active.
     """
-    rate, slope, slope_ahead = state.rate, seen.slope, seen.slope_ahead
-    assert rate is not None and slope is not None and slope_ahead is not None
+    rule, rate = state.config.rule, state.rate
+    slope, slope_ahead = seen.slope, seen.slope_ahead
+    assert slope is not None and slope_ahead is not None
     use, started = jnp.any(active), rate.steps > 0
     comparable = state.counters.attempted_at != state.count
-    rate = rates.pick(use & started, rates.observe(rate, slope, comparable), rate)
+    rate = rates.pick(use & started, rule.observe(rate, slope, comparable), rate)
     largest = jnp.max(jnp.where(active, jnp.abs(state.subspace.eigenvalues), 0.0))
     fresh = use & ~comparable
     rate = rate._replace(reach=reaches.refreshed(rate.reach, largest, fresh))
 
     if probe is not None:
-        first = rates.first_scale(rate, slope, probe.bend * rate.length)
-        later = rates.adjust(rate, probe.bend, rate.length, hyper.cap)
+        first = rule.first_probe(rate, slope, probe.bend * rate.length)
+        later = rule.later_probe(rate, probe.bend, rate.length, hyper.cap)
         rate = rates.pick(
             probe.is_due, rates.pick(rate.probed == 0, first, later), rate
         )
@@ -264,7 +264,7 @@ def _set_rate(
         def outside(_, steps, overlap, rows):
             return subspaces.remove(linalg.as_float32(steps), overlap, rows)
 
-        def measure(rate: rates.RateState) -> rates.RateState:
+        def measure(rate: Any) -> Any:
             # The previous direction has not seen this batch; the first has no other.
             along = jax.lax.cond(
                 started,
@@ -273,21 +273,16 @@ def _set_rate(
                 *(rate.direction, steps, seen.overlap, state.subspace.eigenvectors),
             )
             bend, length = products.bend(along)
-            first = rates.first_scale(rate, slope_ahead, bend * length)
-            later = rates.adjust(rate, bend, length, hyper.cap)
+            first = rule.first_probe(rate, slope_ahead, bend * length)
+            later = rule.later_probe(rate, bend, length, hyper.cap)
             return rates.pick(started, later, first)
 
-        due = use & (rates.is_due(rate) | ~started)
+        due = use & (rule.wants_probe(rate) | ~started)
         rate = jax.lax.cond(due, measure, lambda r: r, rate)
 
-    rate = rate._replace(scale=jnp.minimum(rate.scale, hyper.cap))
-    scale = jnp.where(use, rate.scale, 1.0)
     length = _length_outside(seen)
-    if probe is not None:
-        # The first step under the rule only measures: what it would be is known to the
-        # next, which can then ask for the curvature along it.
-        scale = jnp.where(use & ~started, 0.0, scale)
-    return scale, rate._replace(
+    return rate._replace(
+        scale=jnp.minimum(rate.scale, hyper.cap),
         steps=rate.steps + use.astype(jnp.int32),
         length=jnp.where(jnp.isfinite(length), length, 0.0),
         ahead=slope_ahead,

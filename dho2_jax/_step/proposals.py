@@ -36,7 +36,7 @@ class Measures(NamedTuple):
 
 
 def free(scale: Array, newton: Array, momentum: Array, length: Array) -> Proposal:
-    """Returns a step without bounds: that of base_rate="fixed", FOSI's."""
+    """Returns a step without bounds: that of a rule that measures nothing."""
     return Proposal(
         scale=scale,
         newton=newton,
@@ -128,7 +128,7 @@ def settle(
         bounded |= trial.shortened
         scale, momentum = trial.share * scale, trial.share * momentum
         base, newton = trial.share * base, trial.share * newton
-    if rate is not None:
+    if state.config.rule.measures:
         reach = rate.reach
         again = bounded & reach.bounded & (reach.brake == 1)
         down = (again | refused) & (scale > 0)

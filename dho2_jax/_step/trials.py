@@ -25,9 +25,9 @@ def value_at(
 
     Not of what `curvature_mask` leaves out: that has the base's own update, whatever a
     trial says. There is no such function where a caller gives products in place of the
-    loss, and with base_rate="fixed", which is FOSI's formula and nothing else.
+    loss, and with a rule that measures nothing, as FOSI's.
     """
-    if value_fn is None or params is None or config.base_rate == "fixed":
+    if value_fn is None or params is None or not config.rule.measures:
         return None
     leaves, merge = layouts.restrict(params, layout)
     loss = as_loss(value_fn)
