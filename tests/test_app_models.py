@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dho2_jax
-from dho2_jax.app import config, optimizers
+from dho2_jax.app import config, config_files, optimizers
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.tasks import TASKS
 
@@ -72,7 +72,7 @@ def curvature(task, batch):
 )
 def test_configs_have_the_published_sizes(name, count):
     defaults = optimizers.optimizer_defaults()
-    found = config.load(str(CONFIGS / f"{name}.py"))
+    found = config_files.load(str(CONFIGS / f"{name}.py"))
     found = config.complete(found, TASKS, defaults)
     config.validate(found)
     fields = dict(found.task.items())

@@ -25,16 +25,17 @@ INTERRUPTED, TERMINATED = 130, 143  # what a shell expects after SIGINT and SIGT
 COMMANDS = ("train", "compare", "plan", "spectrum")
 OPTIONS = ("--help", "--topology", "--json", "--picture", *distributed.OPTIONS)
 
+CONFIG = "a config file, or the name of one in configs/, such as digits_mlp"
 DESCRIPTION = """\
 Train with DHO²: a Newton step in the sharpest directions of the loss, any Optax
 optimizer in all others.
 """
 EPILOG = """\
 example:
-  dho2 train configs/patch_autoencoder.py --config.optimizer.num_largest=20
-  dho2 compare configs/digits_mlp.py --config.num_seeds=3
+  dho2 train patch_autoencoder --config.optimizer.num_largest=20
+  dho2 compare digits_mlp --config.num_seeds=3
   dho2 spectrum runs/patch_autoencoder
-  dho2 plan configs/gpt2_124m.py --topology v5e:16x16
+  dho2 plan gpt2_124m --topology v5e:16x16
 
 Every field of a config file can be set by --config.NAME=VALUE.
 """
@@ -97,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
             + distributed.HELP,
             usage=f"dho2 {name} [-h] CONFIG [--config.NAME=VALUE ...] [options]",
         )
-        command.add_argument(
-            "config", metavar="CONFIG", help="a config file, see configs/"
-        )
+        command.add_argument("config", metavar="CONFIG", help=CONFIG)
         distributed.add_options(command)
     _add_plan(commands)
     _add_spectrum(commands)
@@ -128,7 +127,7 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
         usage="dho2 plan [-h] CONFIG --topology NAME [--json FILE] "
         "[--config.NAME=VALUE ...]",
     )
-    command.add_argument("config", metavar="CONFIG", help="a config file, see configs/")
+    command.add_argument("config", metavar="CONFIG", help=CONFIG)
     command.add_argument(
         "--topology",
         metavar="NAME",

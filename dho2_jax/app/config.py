@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a config file, completes it, applies `--config.NAME=VALUE` and checks it all.
+"""Completes a config, applies `--config.NAME=VALUE` to it and checks it all.
 
 Every mistake becomes a `UserError` of one sentence. Imports from `errors` only; what
 the tasks and the optimizer accept is passed in as their keyword arguments.
 """
 
-import importlib.util
 import inspect
-import pathlib
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,48 +51,6 @@ REQUIRED: dict[str, type] = {
     "task": config_dict.ConfigDict,
     "optimizer": config_dict.ConfigDict,
 }
-
-
-def load(path: str) -> Config:
-    """Runs the `get_config()` of a config file.
-
-    Args:
-      path: A Python file that defines `get_config()`.
-
-    Returns:
-      The config as the file gives it.
-
-    Raises:
-      UserError: If there is no such file or it does not yield a config.
-    """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        beside = file.parent.glob("*.py") if file.parent.is_dir() else ()
-        others = [str(one) for one in beside]
-        remedy = nearest(path, others) if others else "give the path of a Python file."
-        raise UserError(f"there is no config file `{path}`; {remedy}")
-    spec = importlib.util.spec_from_file_location(f"_dho2_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"the config file `{path}` must be a Python file (.py).")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"the config file `{path}` must define `get_config()`.")
-        config = module.get_config()
-    except UserError:
-        raise
-    except Exception as error:  # the user's own file may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"the config file `{path}` does not run ({reason}); correct it."
-        ) from error
-    if not isinstance(config, config_dict.ConfigDict):
-        raise UserError(
-            f"`get_config()` in `{path}` must return an ml_collections.ConfigDict, "
-            f"got {type(config).__name__}."
-        )
-    return config
 
 
 def keyword_defaults(

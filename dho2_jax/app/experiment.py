@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dho2_jax.app import (
     checkpoint,
+    config_files,
     distributed,
     optimizers,
     placement,
@@ -48,7 +49,7 @@ def prepare(
     """Loads a config file and builds the experiment that it describes.
 
     Args:
-      path: The config file.
+      path: The config file, or the name of one that is shipped.
       overrides: `--config.NAME=VALUE` arguments.
       may_resume: Whether the command saves checkpoints and goes on from them.
 
@@ -109,7 +110,7 @@ def read_config(path: str, overrides: Sequence[str]) -> configs.Config:
     """Loads, completes and checks a config.
 
     Args:
-      path: The config file.
+      path: The config file, or the name of one that is shipped.
       overrides: `--config.NAME=VALUE` arguments.
 
     Returns:
@@ -119,7 +120,7 @@ def read_config(path: str, overrides: Sequence[str]) -> configs.Config:
       UserError: If anything in it is wrong that does not depend on the devices.
     """
     defaults = optimizers.optimizer_defaults()
-    config = configs.complete(configs.load(path), TASKS, defaults)
+    config = configs.complete(config_files.load(path), TASKS, defaults)
     configs.override(config, overrides, defaults)
     # Again, since an override may have named another task.
     config = configs.complete(config, TASKS, defaults)

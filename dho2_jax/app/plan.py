@@ -32,7 +32,7 @@ def plan(path: str, overrides: Sequence[str], name: str) -> dict[str, Measured]:
     """Measures a config on a topology, and on ones with half and double the chips.
 
     Args:
-      path: The config file.
+      path: The config file, or the name of one that is shipped.
       overrides: `--config.NAME=VALUE` arguments.
       name: The topology, such as "v5e:16x16".
 
