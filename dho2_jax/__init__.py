@@ -15,6 +15,7 @@ from dho2_jax._alias import fosi as fosi
 from dho2_jax._numerics.chunks import chunked_value_fn as chunked_value_fn
 from dho2_jax._numerics.lanczos import LanczosResult as LanczosResult
 from dho2_jax._numerics.lanczos import lanczos_tridiag as lanczos_tridiag
+from dho2_jax._numerics.operators import curvature_matvec as curvature_matvec
 from dho2_jax._numerics.operators import ggn_vp as ggn_vp
 from dho2_jax._numerics.operators import hvp as hvp
 from dho2_jax._numerics.operators import (

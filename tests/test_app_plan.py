@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import types
 
 import jax
 import pytest
 
+import dho2_jax
 from dho2_jax.app import (
     cli,
     collectives,
@@ -285,6 +287,48 @@ def test_child_that_dies(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"failed with exit status 1 \(nothing was"):
         plan.plan(DIGITS, [], "cpu:4")
+
+
+def test_real_error_of_a_child_is_said(alone, capsys):
+    """It ends with JAX's notice that frames were removed; that is not what failed."""
+    source = (
+        "import json, sys, jax\n"
+        "from dho2_jax.app import measure\n"
+        "def fail(*a): jax.jit(lambda x: x @ undefined)(jax.numpy.ones(3))\n"
+        "measure.measure = fail\n"
+        "measure.main()\n"
+    )
+    arguments = ["plan", DIGITS, *SMALL, "--topology=cpu:1"]
+
+    def start(command, **keywords):
+        return Popen([command[0], "-c", source], **keywords)
+
+    Popen = subprocess.Popen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        said = fails(arguments, capsys)
+    assert "compiling for `cpu:1` failed (NameError: name 'undefined' is not" in said
+    assert "frames" not in said
+
+
+OPERATORS = ("hessian", "ggn", "reverse_over_reverse", "central_difference")
+
+
+@pytest.mark.parametrize("curvature", OPERATORS)
+def test_every_operator(curvature):
+    one = jax.devices()[:1]
+    chosen = build(one, f"--config.optimizer.curvature={curvature}")
+    found = measure.measure(chosen, one)
+    assert found["product"]["flops"] > 0
+    assert found["refresh"]["flops"] > found["product"]["flops"]
+    gradient = found["step"]["flops"]
+    assert 0.1 < found["product"]["flops"] / gradient < 10
+
+
+def test_operators_are_all():
+    with pytest.raises(ValueError, match="`curvature` must be one of ") as error:
+        dho2_jax.curvature_matvec("none", None, {})
+    assert re.findall(r"'(\w+)'", str(error.value))[:-1] == list(OPERATORS)
 
 
 def test_table(here):

@@ -169,6 +169,26 @@ def build_matvec(curvature: str, value_fn, params: Params) -> MatVec:
     return OPERATORS[curvature](value_fn, params)
 
 
+def curvature_matvec(curvature: str, value_fn: Any, params: Params) -> MatVec:
+    """Returns the curvature product that `dho2(curvature=...)` measures with.
+
+    Args:
+      curvature: "hessian", "ggn", "reverse_over_reverse" or "central_difference".
+      value_fn: `params -> ()`, the loss; for "ggn" the pair `(outputs_fn, loss_fn)`.
+      params: Where; a pytree of real floating-point arrays.
+
+    Returns:
+      `matvec`, as for `hvp`.
+
+    Raises:
+      ValueError: If there is no such operator, or as for `hvp`.
+    """
+    if curvature not in OPERATORS:
+        known = ", ".join(map(repr, OPERATORS))
+        raise ValueError(f"`curvature` must be one of {known}, got {curvature!r}.")
+    return build_matvec(curvature, value_fn, params)
+
+
 def directional_curvature(
     curvature: str, value_fn, params: Params, direction: PyTree
 ) -> Array:

@@ -27,13 +27,6 @@ from dho2_jax.app.programs import Blueprint, build_programs
 
 TILE_ROWS = 8  # a TPU pads the rows of the basis to multiples of this
 
-PRODUCTS: dict[str, Callable[..., Any]] = {
-    "hessian": dho2_jax.hvp,
-    "ggn": dho2_jax.ggn_vp,
-    "reverse_over_reverse": dho2_jax.hvp_reverse_over_reverse,
-    "central_difference": dho2_jax.hvp_central_difference,
-}
-
 
 def measure(
     experiment: Experiment,
@@ -186,7 +179,7 @@ def _product(experiment: Experiment, size: int, params: Any, batch: Any) -> Blue
 
     def product(params, part, vector):
         loss = task.value_fn(part, gauss_newton=experiment.dho2.gauss_newton)
-        return PRODUCTS[curvature](loss, params)(vector)
+        return dho2_jax.curvature_matvec(curvature, loss, params)(vector)
 
     where = placement.batch_sharding(experiment.mesh, but=experiment.dho2.stagger_axis)
     part = jax.tree.map(
@@ -235,6 +228,12 @@ def _nearby(rows: int) -> list[int]:
     return [one for one in (below, rows, above) if one]
 
 
+def _first_line(error: Exception) -> str:
+    """Returns the kind of an exception, and what it says first."""
+    said = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *said[:1]])
+
+
 def main() -> None:
     """Answers the request on standard input."""
     request = json.load(sys.stdin)
@@ -251,6 +250,9 @@ def main() -> None:
         result = measure(experiment, devices, lambda what: answer(compiling=what))
     except UserError as error:
         answer(error=str(error))
+    except Exception as error:  # said here: what JAX prints ends with another notice
+        answer(crash=_first_line(error))
+        raise
     else:
         answer(result=result)
 

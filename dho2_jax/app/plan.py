@@ -175,6 +175,11 @@ def _ask(path: str, overrides: Sequence[str], topology: Topology) -> Measured:
             process.wait()
         if "error" in last:
             raise UserError(last["error"])
+        if "crash" in last:
+            raise UserError(
+                f"compiling for `{topology.name}` failed ({last['crash']}); what "
+                "`dho2 train` compiles is the same, so please report this."
+            )
         if "result" in last:
             return last["result"]
         complaints.seek(0)
