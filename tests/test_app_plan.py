@@ -208,7 +208,9 @@ def test_periodic_refresh_is_part_of_the_step():
     assert in_branches["numbers"] >= 8 * reduced["numbers"]
     every_step = found["step"]["collectives"]["all-reduce"]
     assert N <= every_step["numbers"] < 2 * N
-    assert "temporaries of a refresh" not in plan_table.table({"cpu:2": found}, "cpu:2")
+    assert "temporaries of a refresh" not in plan_table.report(
+        {"cpu:2": found}, "cpu:2"
+    )
 
 
 def test_one_device():
@@ -333,7 +335,7 @@ def test_operators_are_all():
 
 def test_table(here):
     large = here | {"refresh": {"too_large": "needs 24.00 GiB, 15.75 GiB are there"}}
-    text = plan_table.table(
+    text = plan_table.report(
         {
             "v5e:1x2": here | {"chips": 4},
             "v5e:2x2": large,
@@ -372,7 +374,7 @@ def test_tpu(alone):
     assert found["step"]["code"] > 0 and found["step"]["flops"] > 0
     product = found["product"]["collectives"]
     assert N <= product["all-reduce"]["numbers"] < 3 * N
-    text = plan_table.table({"v5e:2x2": found}, "v5e:2x2")
+    text = plan_table.report({"v5e:2x2": found}, "v5e:2x2")
     assert "15.75 of 16 GiB" in text
 
 

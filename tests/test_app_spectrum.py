@@ -145,7 +145,7 @@ def test_states_in_other_nests(state, tmp_path):
     save(tmp_path / "nnx", nnx.state((model, optimizer)))
     found, rows = spectrum.load(str(tmp_path / "nnx"))
     assert len(found.eigenvalues) == 0 and rows == []
-    assert "No eigenpairs yet" in spectrum.table(found)
+    assert "No eigenpairs yet" in spectrum.report(found)
 
     from orbax.checkpoint import v1
 

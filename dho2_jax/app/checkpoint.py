@@ -3,7 +3,8 @@
 
 Parameters and optimizer state are arrays, written while training goes on; how far the
 run is, the data iterator's position included, is a small JSON beside them. All
-processes take part. Imports of the application only `train.Progress` and `errors`.
+processes take part. Imports of the application `saved`,
+`train.Progress` and `errors`.
 """
 
 import contextlib
@@ -14,14 +15,11 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from dho2_jax import check_restorable
+from dho2_jax.app import saved
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.train import Progress
 
 STATE, PROGRESS = "state", "progress"  # the two parts of a checkpoint
-METADATA = "_METADATA"  # Orbax's description of a tree; in each that is complete
-
-# What Orbax raises of files that are cut off, missing or not its own.
-DAMAGED = (ValueError, OSError, LookupError, TypeError, AttributeError)
 
 Manager = Any  # an ocp.CheckpointManager
 
@@ -43,19 +41,6 @@ def open_manager(directory: pathlib.Path | None, keep: int) -> Iterator[Manager 
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         yield manager
-
-
-def steps_in(directory: pathlib.Path) -> list[int]:
-    """Returns the steps at which complete checkpoints lie in `directory`, ascending.
-
-    Args:
-      directory: Of the checkpoints of one run; need not exist.
-    """
-    if not directory.is_dir():
-        return []
-    found = directory.glob(f"*/{STATE}/{METADATA}")
-    names = (path.parent.parent.name for path in found)
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def save(manager: Manager, params: Any, state: Any, progress: Progress) -> None:
@@ -85,7 +70,7 @@ def restore(
 
     Args:
       manager: From `open_manager`.
-      step: One of `steps_in`.
+      step: One of `saved.steps_in`.
       params: Arrays or `ShapeDtypeStruct`s with the shardings to restore to.
       state: Likewise.
 
@@ -130,9 +115,9 @@ def _reading(directory: pathlib.Path, step: int) -> Iterator[None]:
     """Says in one sentence which checkpoint cannot be read, and what to do."""
     try:
         yield
-    except DAMAGED as error:
+    except saved.DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        before = [one for one in steps_in(directory) if one < step]
+        before = [one for one in saved.steps_in(directory) if one < step]
         remedy = f"delete it to go on from step {before[-1]}, or " if before else ""
         raise UserError(
             f"the checkpoint {directory / str(step)} cannot be read ({reason}); "
@@ -145,7 +130,7 @@ def misfit(directory: pathlib.Path, step: int, params: Any, state: Any) -> str |
 
     Args:
       directory: Of the checkpoints of one run.
-      step: One of `steps_in`.
+      step: One of `saved.steps_in`.
       params: Arrays, or anything with shapes.
       state: Likewise.
 
@@ -156,36 +141,15 @@ def misfit(directory: pathlib.Path, step: int, params: Any, state: Any) -> str |
       UserError: If it cannot be read.
     """
     with _reading(directory, step):
-        tree = read_tree(directory / str(step) / STATE)
-        saved, wanted = shapes(tree), shapes({"params": params, "opt_state": state})
-    if saved == wanted:
+        tree = saved.read_tree(directory / str(step) / STATE)
+        there = saved.shapes(tree)
+    wanted = saved.shapes({"params": params, "opt_state": state})
+    if there == wanted:
         return None
     if any("subspace" in names for names in wanted):
         try:
             check_restorable(tree, state)
         except ValueError as error:
             return str(error).rstrip(".")
-    name = min(names for names, _ in saved.items() ^ wanted.items())
-    return f"{'.'.join(name)} was of shape {saved.get(name)}, and is {wanted.get(name)}"
-
-
-def shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Returns the shape of each array of a pytree by its names on the way there."""
-    flat = ocp.tree.to_flat_dict(tree)
-    return {name: tuple(x.shape) for name, x in flat.items() if hasattr(x, "shape")}
-
-
-def read_tree(path: pathlib.Path) -> Any:
-    """Returns a saved tree with descriptions in place of its arrays.
-
-    Args:
-      path: A directory that holds `METADATA`.
-
-    Raises:
-      ValueError: If it or an array is damaged; Orbax raises others too, see `DAMAGED`.
-    """
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.metadata(path.absolute()).item_metadata
-    if found is None:
-        raise ValueError("an array in it, or its description, is damaged")
-    return found.tree
+    name = min(names for names, _ in there.items() ^ wanted.items())
+    return f"{'.'.join(name)} was of shape {there.get(name)}, and is {wanted.get(name)}"

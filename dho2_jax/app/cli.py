@@ -17,7 +17,7 @@ from dho2_jax.app import distributed
 from dho2_jax.app.errors import UserError, nearest
 
 EXTRA = (
-    *"PIL absl flax grain matplotlib ml_collections orbax sklearn".split(),
+    *"PIL absl filelock flax grain matplotlib ml_collections orbax sklearn".split(),
     *("tensorboardX", "tqdm"),
 )
 INTERRUPTED, TERMINATED = 130, 143  # what a shell expects after SIGINT and SIGTERM
@@ -223,7 +223,7 @@ def _run(arguments: Sequence[str]) -> int:
     else:
         summary = compare.summarise(runs)
         compare.write_summary(prepared, summary)
-        print(compare.table(summary, prepared.task.loss_label))
+        print(compare.report(summary, prepared.task.loss_label))
     if is_stopped:
         print(
             f"Stopped by {how} at step {runs[-1].rows[-1]['step']} of "
@@ -264,7 +264,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from dho2_jax.app import plan, plan_table, writers
 
     measured = plan.plan(options.config, overrides, options.topology)
-    print(plan_table.table(measured, options.topology))
+    print(plan_table.report(measured, options.topology))
     if file is not None:
         file.write_text(writers.to_json(measured), encoding="utf-8")  # may be a pipe
     return 0
@@ -286,7 +286,7 @@ def _spectrum(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     _quieten_orbax()
     found, rows = spectrum.load(options.checkpoint)
-    print(spectrum.table(found))
+    print(spectrum.report(found))
     plots.plot_spectrum(
         picture, found, rows, title=f"DHO² curvature in {options.checkpoint}"
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dho2_jax.app import table
 from dho2_jax.app.experiment import Experiment, below, compile_for, outcome, run_one
 from dho2_jax.app.train import Run
 from dho2_jax.app.writers import write_json
@@ -101,7 +102,7 @@ def _reach(run: Run, target: float | None) -> tuple[int, float] | None:
     return None
 
 
-def table(summary: dict[str, Any], loss_label: str) -> str:
+def report(summary: dict[str, Any], loss_label: str) -> str:
     """Lays a summary out for a terminal.
 
     Args:
@@ -138,15 +139,7 @@ def table(summary: dict[str, Any], loss_label: str) -> str:
                 "never" if seconds is None else f"{seconds:.1f} s",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    lines = table.ruled(rows, "llr")
     if summary["target"] is not None:
         lines.append("")
         lines.append(f"Loss: validation {loss_label}.")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table that `dho2 plan` prints. Imports `topology` only."""
+"""The table that `dho2 plan` prints. Imports `topology` and `table`."""
 
 from collections.abc import Callable
 from typing import Any
 
+from dho2_jax.app import table
 from dho2_jax.app import topology as topologies
 
 Measured = dict[str, Any]
@@ -17,7 +18,7 @@ GROUPS = {
 }
 
 
-def table(measured: dict[str, Measured], name: str) -> str:
+def report(measured: dict[str, Measured], name: str) -> str:
     """Lays out what `plan.plan` found.
 
     Args:
@@ -40,13 +41,7 @@ def table(measured: dict[str, Measured], name: str) -> str:
         cells = [cell(key, one) for key, one in columns.items()] if cell else []
         if cell is None or any(cells):
             rows.append((label, *cells))
-    widths = [
-        max(len(row[i]) for row in rows if len(row) > i) for i in range(len(rows[0]))
-    ]
-    for row in rows:
-        cells = [one.rjust(width) for one, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    lines.insert(3, "-" * max(map(len, lines[2:])))
+    lines += table.ruled(rows)
     notes = _notes(measured)
     return "\n".join([*lines, "", *notes] if notes else lines)
 

@@ -5,7 +5,7 @@ The first process decides, and all others learn it. Imports `checkpoint`, `confi
 `distributed`, `writers` and `errors`.
 """
 
-import io
+import errno
 import itertools
 import json
 import pathlib
@@ -13,15 +13,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import filelock
 from tqdm import tqdm
 
-from dho2_jax.app import checkpoint, distributed, writers
+from dho2_jax.app import checkpoint, distributed, saved, writers
 from dho2_jax.app import config as configs
 from dho2_jax.app.config import Config
 from dho2_jax.app.errors import UserError
 
 CONFIG, SUMMARY, LOCK = "config.json", "summary.json", ".lock"
 CHECKPOINTS = "checkpoints"  # of one optimizer
+# What a file system that has no locks says.
+UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Place(NamedTuple):
@@ -32,7 +35,7 @@ class Place(NamedTuple):
     is_shared: bool  # whether every process sees the directory
     finished: dict[str, writers.Row]  # by optimizer: what came of it, if it is done
     steps: dict[str, list[int]]  # by optimizer: of its checkpoints, ascending
-    lock: Any = None  # an open file; its closing, or the process's end, is the release
+    lock: filelock.BaseFileLock | None = None  # the process's end releases it too
 
 
 def choose(config: Config, name: str, optimizers: Sequence[str]) -> Place:
@@ -95,7 +98,7 @@ def release(place: Place | None) -> None:
       place: Of the run, or None.
     """
     if place is not None and place.lock is not None:
-        place.lock.close()
+        place.lock.release()
 
 
 def _find(
@@ -152,7 +155,7 @@ def _make(wanted: str) -> tuple[pathlib.Path, Any]:
             continue
         if _is_free(path):  # still: another command may have come and gone
             return path, lock
-        lock.close()
+        lock.release()
     raise AssertionError("there is always another name")
 
 
@@ -167,21 +170,19 @@ def _is_free(path: pathlib.Path) -> bool:
     return path.is_dir() and all(one.name == LOCK for one in path.iterdir())
 
 
-def _lock(directory: pathlib.Path) -> Any:
-    """Returns an open file that marks the directory as in use, or None if it is."""
+def _lock(directory: pathlib.Path) -> filelock.BaseFileLock | None:
+    """Returns a lock that marks the directory as in use, or None if it is."""
+    lock = filelock.FileLock(directory / LOCK, thread_local=False)
     try:
-        import fcntl
-    except ImportError:  # Windows: two runs at a time are the user's business
-        return io.StringIO()
-    file = open(directory / LOCK, "a", encoding="utf-8")  # NFS locks no other mode
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
         return None
-    except OSError:  # a file system without locks
-        return file
-    return file
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        if error.errno not in UNLOCKABLE:
+            raise
+    return lock
 
 
 def _can_go_on(path: pathlib.Path, optimizers: Sequence[str]) -> bool:
@@ -191,7 +192,7 @@ def _can_go_on(path: pathlib.Path, optimizers: Sequence[str]) -> bool:
 
 
 def _checkpoints(path: pathlib.Path, optimizers: Sequence[str]) -> dict[str, list[int]]:
-    return {name: checkpoint.steps_in(path / name / CHECKPOINTS) for name in optimizers}
+    return {name: saved.steps_in(path / name / CHECKPOINTS) for name in optimizers}
 
 
 def _finished(

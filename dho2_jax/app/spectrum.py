@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dho2_jax.app import checkpoint, writers
+from dho2_jax.app import saved, table, writers
 from dho2_jax.app.errors import UserError
 
 Names = tuple[str, ...]  # the way from the top of a saved tree to a node
@@ -59,7 +59,7 @@ def load(where: str) -> tuple[Spectrum, list[writers.Row]]:
     path = pathlib.Path(where)
     if not path.is_dir():
         raise UserError(f"there is no directory `{where}`; give that of a checkpoint.")
-    items = _items(path)
+    items = [*saved.trees_in(path, DEPTH)]
     if not items:
         raise UserError(
             f"`{where}` holds no complete Orbax checkpoint; give the directory of a "
@@ -86,16 +86,6 @@ def load(where: str) -> tuple[Spectrum, list[writers.Row]]:
         )
     spectrum = _read(latest, found[latest][0])
     return spectrum, _history(spectrum, found[latest][0])
-
-
-def _items(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the saved trees below `path`, those being written left out."""
-    found = (
-        file.parent
-        for depth in range(DEPTH + 1)
-        for file in path.glob("*/" * depth + checkpoint.METADATA)
-    )
-    return [one for one in found if "orbax-checkpoint-tmp" not in str(one)]
 
 
 def _step_dir(item: pathlib.Path) -> pathlib.Path | None:
@@ -130,8 +120,8 @@ def _curvatures(item: pathlib.Path) -> list[Names]:
 
 def _tree(item: pathlib.Path) -> Any:
     try:
-        return checkpoint.read_tree(item)
-    except checkpoint.DAMAGED as error:
+        return saved.read_tree(item)
+    except saved.DAMAGED as error:
         raise UserError(
             f"the checkpoint `{item}` cannot be read ({error}); give an earlier one."
         ) from error
@@ -210,8 +200,9 @@ def _history(spectrum: Spectrum, start: Names) -> list[writers.Row]:
     others = []
     if place is not None:
         relative = item.relative_to(place)
-        metadata = place.parent.glob(str("*" / relative / checkpoint.METADATA))
-        others = [m.parent for m in metadata if _step_of(m.parent) < _step_of(item)]
+        beside = (one / relative for one in place.parent.iterdir())
+        before = (one for one in beside if _step_of(one) < _step_of(item))
+        others = [one for one in before if saved.is_tree(one)]
     spectra = [
         _read(one, start)
         for one in sorted(others, key=_step_of)
@@ -230,7 +221,7 @@ def _row(one: Spectrum) -> writers.Row:
     }
 
 
-def table(spectrum: Spectrum) -> str:
+def report(spectrum: Spectrum) -> str:
     """Lays a spectrum out for a terminal.
 
     Args:
@@ -242,19 +233,18 @@ def table(spectrum: Spectrum) -> str:
     metrics, following = spectrum.metrics, spectrum.next_eigenvalue
     lines = [f"DHO² state in {spectrum.path}", ""]
     if len(spectrum.eigenvalues):
-        lines.append(f"{'rank':>4}  {'eigenvalue':>12}  {'error below':>11}  / next")
+        rows = [["rank", "eigenvalue", "error below", "/ next"]]
         rounding = np.finfo(np.float32).eps * np.abs(spectrum.eigenvalues).max()
         for rank, (value, bound) in enumerate(
             zip(spectrum.eigenvalues, spectrum.residuals, strict=True), start=1
         ):
-            share = f"{value / following:6.1f}" if following > 0 else "     -"
+            share = f"{value / following:.1f}" if following > 0 else "-"
             error = max(bound, rounding)  # what Lanczos promises, or float32
-            lines.append(f"{rank:>4}  {value:>12.5g}  {error:>11.2g}  {share}")
-        lines.append(f"next  {following:>12.5g}  (largest not kept: left to the base)")
+            rows.append([str(rank), f"{value:.5g}", f"{error:.2g}", share])
+        rows.append(["next", f"{following:.5g}"])
+        lines += table.lines(rows, "r")
+        lines[-1] += "  (largest not kept: left to the base)"
     else:
         lines.append("No eigenpairs yet: there was no refresh, or all were rejected.")
-    lines.append("")
-    width = max(map(len, metrics))
-    for name, value in metrics.items():
-        lines.append(f"{name:<{width}}  {value:.5g}")
-    return "\n".join(lines)
+    found = [(name, f"{value:.5g}") for name, value in metrics.items()]
+    return "\n".join([*lines, "", *table.lines(found, "l")])
