@@ -44,11 +44,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import dho2_jax
-from dho2_jax.app import experiment as experiments
-from dho2_jax.app import optimizers
-from dho2_jax.app.experiment import Experiment
-from dho2_jax.app.programs import Programs
-from dho2_jax.app.train import Stepper
+from dho2_jax.app.run import experiment as experiments
+from dho2_jax.app.run import optimizers
+from dho2_jax.app.run.experiment import Experiment
+from dho2_jax.app.run.programs import Programs
+from dho2_jax.app.run.stepper import Stepper
 
 jax.config.update("jax_num_cpu_devices", 8)
 

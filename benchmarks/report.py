@@ -13,7 +13,7 @@ import race
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from dho2_jax.app import table as tables
+from dho2_jax.app.show import table as tables
 
 BASES = tuple(who.BASES)
 COLOURS = {  # Okabe and Ito's

@@ -9,7 +9,7 @@ import fleet
 import numpy as np
 import sweep_records
 
-from dho2_jax.app import table
+from dho2_jax.app.show import table
 
 
 def report(names: Sequence[str]) -> None:

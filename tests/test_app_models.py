@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import dho2_jax
-from dho2_jax.app import config, config_files, optimizers
+from dho2_jax.app import config_files, fields
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.tasks import TASKS
+from dho2_jax.app.run import optimizers
+from dho2_jax.app.tasks.registry import TASKS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TEXT = {
@@ -73,10 +74,10 @@ def curvature(task, batch):
 def test_configs_have_the_published_sizes(name, count):
     defaults = optimizers.optimizer_defaults()
     found = config_files.load(str(CONFIGS / f"{name}.py"))
-    found = config.complete(found, TASKS, defaults)
-    config.validate(found)
-    fields = dict(found.task.items())
-    task = TASKS[fields.pop("name")](found.batch_size, **fields)
+    found = fields.complete(found, TASKS, defaults)
+    fields.validate(found)
+    arguments = dict(found.task.items())
+    task = TASKS[arguments.pop("name")](found.batch_size, **arguments)
     params = jax.eval_shape(task.init, 0)
     leaves = jax.tree.leaves(params)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

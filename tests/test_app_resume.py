@@ -12,17 +12,11 @@ import numpy as np
 import pytest
 from helpers import start_processes
 
-from dho2_jax.app import (
-    checkpoint,
-    cli,
-    distributed,
-    experiment,
-    resume,
-    saved,
-    writers,
-)
+from dho2_jax.app import cli
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.train import Progress
+from dho2_jax.app.record import Progress
+from dho2_jax.app.run import checkpoint, distributed, experiment, resume
+from dho2_jax.app.show import saved, writers
 
 DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
 SMALL = (
@@ -434,7 +428,7 @@ def test_two_processes_go_on_until_one_is_told_to_end(tmp_path, started):
 def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     asked = after(6)
     monkeypatch.setattr(
-        "dho2_jax.app.train.interruptible",
+        "dho2_jax.app.run.train.interruptible",
         lambda: __import__("contextlib").nullcontext(asked),
     )
     with pytest.raises(SystemExit) as exit_info:

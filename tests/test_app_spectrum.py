@@ -12,7 +12,8 @@ from helpers import quadratic, refreshed
 from matplotlib.image import imread
 
 import dho2_jax
-from dho2_jax.app import cli, spectrum, writers
+from dho2_jax.app import cli
+from dho2_jax.app.show import spectrum, writers
 
 ocp = pytest.importorskip("orbax.checkpoint")
 

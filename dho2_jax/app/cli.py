@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dho2_jax.app import distributed
+from dho2_jax.app import record
 from dho2_jax.app.errors import UserError, nearest
+from dho2_jax.app.run import distributed
 
 EXTRA = (
     *"PIL absl filelock flax grain matplotlib ml_collections orbax sklearn".split(),
@@ -201,9 +202,10 @@ def _run(arguments: Sequence[str]) -> int:
     )
     import jax
 
-    from dho2_jax.app import compare, experiment, train
+    from dho2_jax.app.run import compare, experiment, train
+    from dho2_jax.app.show import saved
 
-    _quieten_orbax()
+    saved.quieten_orbax()
     with train.interruptible() as should_stop:
         training = options.command == "train"
         prepared = experiment.prepare(options.config, overrides, may_resume=training)
@@ -219,7 +221,7 @@ def _run(arguments: Sequence[str]) -> int:
         return status if is_stopped else 0
     if training:
         for run in runs:
-            print(_sentence(train.outcome(run)))
+            print(_sentence(record.outcome(run)))
     else:
         summary = compare.summarise(runs)
         compare.write_summary(prepared, summary)
@@ -237,23 +239,6 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _quieten_orbax() -> None:
-    """Leaves its errors alone: it warns of files that need not be there.
-
-    And where one array cannot be read, it does not wait for the reads of the others.
-    """
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)
-    show = sys.unraisablehook
-
-    def show_others(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            show(found)
-
-    sys.unraisablehook = show_others
-
-
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints what a run will need."""
     file = None if options.json is None else pathlib.Path(options.json)
@@ -261,10 +246,11 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(
             f"`--json` must name a file in a directory that exists, got `{file}`."
         )
-    from dho2_jax.app import plan, plan_table, writers
+    from dho2_jax.app.plan import figures, forecast
+    from dho2_jax.app.show import writers
 
-    measured = plan.plan(options.config, overrides, options.topology)
-    print(plan_table.report(measured, options.topology))
+    measured = forecast.plan(options.config, overrides, options.topology)
+    print(figures.report(measured, options.topology))
     if file is not None:
         file.write_text(writers.to_json(measured), encoding="utf-8")  # may be a pipe
     return 0
@@ -282,9 +268,9 @@ def _spectrum(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(
             f"`--picture` must name a file in a directory that exists, got `{picture}`."
         )
-    from dho2_jax.app import plots, spectrum
+    from dho2_jax.app.show import plots, saved, spectrum
 
-    _quieten_orbax()
+    saved.quieten_orbax()
     found, rows = spectrum.load(options.checkpoint)
     print(spectrum.report(found))
     plots.plot_spectrum(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config files: finds them by their path, or by the name of one that is shipped.
 
-Those of `configs/` in a checkout are installed beside this file. Imports `errors` only.
+Those of `configs/` in a checkout are installed beside this file.
 """
 
 import difflib
