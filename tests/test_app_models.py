@@ -74,8 +74,7 @@ def curvature(task, batch):
 def test_configs_have_the_published_sizes(name, count):
     defaults = optimizers.optimizer_defaults()
     found = config_files.load(str(CONFIGS / f"{name}.py"))
-    found = fields.complete(found, TASKS, defaults)
-    fields.validate(found)
+    found = fields.checked(fields.complete(found, TASKS, defaults))
     arguments = dict(found.task.items())
     task = TASKS[arguments.pop("name")](found.batch_size, **arguments)
     params = jax.eval_shape(task.init, 0)

@@ -5,51 +5,67 @@ Every mistake becomes a `UserError` of one sentence. What the tasks and the
 optimizer accept is passed in as their keyword arguments.
 """
 
+import dataclasses
 import inspect
-import re
+import operator
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from dho2_jax.app.errors import UserError, nearest
 
-Config = Any  # a ConfigDict, whose fields have no static types
+Default = TypeVar("Default")
+Group = Any  # a ConfigDict, whose fields follow from the signatures of functions
 
-# Fields of a run that a config file may leave out.
-RUN_DEFAULTS: dict[str, Any] = {
-    "seed": 0,
-    "num_seeds": 3,  # `dho2 compare` runs seeds seed, seed + 1, ...
-    "curvature_batch_size": 0,  # 0: a quarter of the batch; less with `stagger_axis`
-    "stagger_axis": "",  # of the mesh: groups along it take turns at the curvature
-    "curvature_devices": 0,  # of each process: they refresh while the others train
-    "land_after": 0,  # steps until such a refresh is used; 0: a quarter of its period
-    "log_every": 10,
-    "eval_every": 50,
-    "checkpoint_every": 500,  # updates; at the end and by Ctrl-C too; 0: never
-    "keep_checkpoints": 2,
-    "lost_factor": 10.0,  # over its best val_loss: a run goes back to a checkpoint
-    "resume": "auto",  # or "never", or the directory of a run to go on with
-    "train_base": True,
-    "base_schedule": "constant",
-    "workdir": "",  # empty: runs/<name of the config file>
-    "mesh_shape": (),  # empty: all devices on one axis; (1,): one device; -1: the rest
-    "mesh_axes": (),  # a name for each; a single axis needs none
-    "param_sharding": "replicated",  # "fsdp": split over the axis `fsdp`
-}
-# Those that may change in a run: where it computes and what it keeps.
-FREE = (
-    *("workdir", "resume", "num_seeds", "checkpoint_every", "keep_checkpoints"),
-    *("lost_factor", "mesh_shape", "mesh_axes", "param_sharding"),
-)
-REQUIRED: dict[str, type] = {
-    "steps": int,
-    "batch_size": int,
-    "base_learning_rate": float,
-    "task": config_dict.ConfigDict,
-    "optimizer": config_dict.ConfigDict,
+
+def _free(default: Default) -> Default:
+    """Marks a field that may change in a run: where it computes and what it keeps."""
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every field of a run; a config file may leave out those with a default."""
+
+    steps: int
+    batch_size: int
+    base_learning_rate: float
+    task: Group  # its name and the keyword arguments of that task
+    optimizer: Group  # the base, and the keyword arguments of dho2
+    seed: int = 0
+    num_seeds: int = _free(3)  # `dho2 compare` runs seeds seed, seed + 1, ...
+    curvature_batch_size: int = 0  # 0: a quarter of the batch; less with `stagger_axis`
+    stagger_axis: str = ""  # of the mesh: groups along it take turns at the curvature
+    curvature_devices: int = 0  # of each process: they refresh while the others train
+    land_after: int = 0  # steps until its refresh is used; 0: a quarter of the period
+    log_every: int = 10
+    eval_every: int = 50
+    checkpoint_every: int = _free(500)  # and at the end and by Ctrl-C; 0: never
+    keep_checkpoints: int = _free(2)
+    lost_factor: float = _free(10.0)  # over its best val_loss: back to a checkpoint
+    resume: str = _free("auto")  # or "never", or the directory of a run to go on with
+    train_base: bool = True
+    base_schedule: str = "constant"
+    workdir: str = _free("")  # empty: runs/<name of the config file>
+    mesh_shape: tuple[int, ...] = _free(())  # empty: all on one axis; -1: the rest
+    mesh_axes: tuple[str, ...] = _free(())  # a name for each; one axis needs none
+    param_sharding: str = _free("replicated")  # "fsdp": split over the axis `fsdp`
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, the groups as dicts."""
+        groups = {"task": self.task.to_dict(), "optimizer": self.optimizer.to_dict()}
+        return vars(self) | groups
+
+
+FIELDS = dataclasses.fields(Config)
+DEFAULTS = {f.name: f.default for f in FIELDS if f.default is not dataclasses.MISSING}
+REQUIRED: dict[str, Any] = {
+    f.name: config_dict.ConfigDict if f.type is Group else f.type
+    for f in FIELDS
+    if f.name not in DEFAULTS
 }
 
 
@@ -79,10 +95,10 @@ def keyword_defaults(
 
 
 def complete(
-    config: Config,
+    config: Group,
     tasks: Mapping[str, Callable[..., Any]],
     optimizer_defaults: Mapping[str, Any],
-) -> Config:
+) -> Group:
     """Checks the names in a config and fills in what it leaves out.
 
     Args:
@@ -112,14 +128,14 @@ def complete(
             f"`config.task.name` must name a task, got {name!r}; {nearest(name, tasks)}"
         )
     task_defaults = {"name": "", **keyword_defaults(tasks[config.task.name])}
-    _fill(config, {**RUN_DEFAULTS, **dict.fromkeys(REQUIRED)}, "config")
+    _fill(config, {**dict.fromkeys(REQUIRED), **DEFAULTS}, "config")
     _fill(config.task, task_defaults, "config.task")
     _fill(config.optimizer, optimizer_defaults, "config.optimizer")
     config.base_learning_rate = float(config.base_learning_rate)
     return config.lock()
 
 
-def _fill(config: Config, defaults: Mapping[str, Any], where: str) -> None:
+def _fill(config: Group, defaults: Mapping[str, Any], where: str) -> None:
     """Adds missing fields with their types, and rejects names that are none of them."""
     for name in config.keys():
         if name not in defaults:
@@ -146,7 +162,7 @@ def _fill(config: Config, defaults: Mapping[str, Any], where: str) -> None:
 
 
 def override(
-    config: Config,
+    config: Group,
     overrides: Sequence[str],
     optimizer_defaults: Mapping[str, Any],
 ) -> None:
@@ -161,7 +177,6 @@ def override(
       UserError: If a name is not a field or a value does not fit its type.
     """
     fields = dict(_leaves(config, "config."))
-    remaining: dict[str, str] = {}  # of two overrides of one field the last counts
     for argument in overrides:
         name, _, value = argument.removeprefix("--").partition("=")
         if name not in fields:
@@ -176,27 +191,20 @@ def override(
         optional = isinstance(default, config_dict.FieldReference)
         if value == "None" and group == "config.optimizer" and optional:
             config.optimizer[field] = None  # config_flags has no word for it
-            remaining.pop(name, None)
-        else:
-            remaining[name] = argument
-    values = flags.FlagValues()
-    argv = ["dho2", *remaining.values()]
-    config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, sys_argv=argv, lock_config=True
-    )
-    try:
-        values(argv)
-    except (flags.Error, TypeError, ValueError) as error:
-        failed = re.search(r"--(config[\w.]*)=(.*?):", str(error), re.DOTALL)
-        name, value = failed.groups() if failed else ("config", "")
-        kind = fields.get(name)
-        expected = kind.__name__ if kind else "the type that the config gives it"
-        raise UserError(
-            f"`{name}` must be of type {expected}, got {value!r}."
-        ) from error
+            continue
+        values, argv = flags.FlagValues(), ["dho2", argument]
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv, lock_config=True
+        )
+        try:
+            values(argv)
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(
+                f"`{name}` must be of type {fields[name].__name__}, got {value!r}."
+            ) from error
 
 
-def _leaves(config: Config, prefix: str):
+def _leaves(config: Group, prefix: str) -> Iterator[tuple[str, type]]:
     """Yields each field's full name with its type."""
     for name in config.keys():
         if isinstance(config[name], config_dict.ConfigDict):
@@ -205,19 +213,25 @@ def _leaves(config: Config, prefix: str):
             yield f"{prefix}{name}", config.get_type(name)
 
 
-def validate(config: Config) -> None:
+def checked(found: Group) -> Config:
     """Checks the ranges of the fields that belong to a run.
 
     Args:
-      config: A completed config with its overrides.
+      found: A completed config with its overrides.
+
+    Returns:
+      The same values, with static types.
 
     Raises:
       UserError: If a value is out of its range.
     """
+    values: dict[str, Any] = {field.name: found[field.name] for field in FIELDS}
+    config = Config(**values)
     counts = ("steps", "batch_size", "num_seeds", "log_every", "eval_every")
     for name in (*counts, "keep_checkpoints"):
-        if config[name] < 1:
-            raise UserError(f"`config.{name}` must be at least 1, got {config[name]}.")
+        if getattr(config, name) < 1:
+            value = getattr(config, name)
+            raise UserError(f"`config.{name}` must be at least 1, got {value}.")
     if (every := config.checkpoint_every) < 0:
         rule = f"must not be negative, got {every}; 0 saves no checkpoints"
         raise UserError(f"`config.checkpoint_every` {rule}.")
@@ -228,16 +242,14 @@ def validate(config: Config) -> None:
         if type(value) is int and value < 1:
             raise UserError(f"`config.task.{name}` must be at least 1, got {value}.")
     for name in ("seed", "base_learning_rate", "optimizer.learning_rate"):
-        value = config
-        for part in name.split("."):
-            value = value[part]
+        value = operator.attrgetter(name)(config)
         if not value >= 0:
             raise UserError(f"`config.{name}` must not be negative, got {value}.")
     for name in ("workdir", "resume"):
-        if "://" in config[name]:
+        if "://" in (value := getattr(config, name)):
             raise UserError(
-                f"`config.{name}` must be a path of this machine, got "
-                f"{config[name]!r}; mount the bucket and give the path of that."
+                f"`config.{name}` must be a path of this machine, got {value!r}; "
+                "mount the bucket and give the path of that."
             )
     if config.seed + config.num_seeds > 2**32:
         raise UserError(
@@ -259,7 +271,7 @@ def validate(config: Config) -> None:
         ("stagger_axis", "staggered"),
         ("curvature_devices", "external"),
     ):
-        if config[name] and config.optimizer.refresh != kind:
+        if getattr(config, name) and config.optimizer.refresh != kind:
             raise UserError(
                 f"`config.{name}` must come with config.optimizer.refresh='{kind}', "
                 f"got it with '{config.optimizer.refresh}'; change one of them."
@@ -275,6 +287,7 @@ def validate(config: Config) -> None:
             "`config.land_after` must be below config.optimizer.refresh_period="
             f"{longest}, got {config.land_after}; a refresh lands before the next."
         )
+    return config
 
 
 def changed(
@@ -287,13 +300,14 @@ def changed(
       here: Another one.
 
     Returns:
-      The values of both by name; fields of `FREE` are left out.
+      The values of both by name; fields that are free to change are left out.
     """
     old, new = dict(_values(there)), dict(_values(here))
+    free = {field.name for field in FIELDS if field.metadata.get("free")}
     return {
         name: (old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in FREE
+        if old.get(name) != new.get(name) and name not in free
     }
 
 

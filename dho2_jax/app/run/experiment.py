@@ -113,12 +113,10 @@ def read_config(path: str, overrides: Sequence[str]) -> fields.Config:
       UserError: If anything in it is wrong that does not depend on the devices.
     """
     defaults = optimizers.optimizer_defaults()
-    config = fields.complete(config_files.load(path), TASKS, defaults)
-    fields.override(config, overrides, defaults)
+    found = fields.complete(config_files.load(path), TASKS, defaults)
+    fields.override(found, overrides, defaults)
     # Again, since an override may have named another task.
-    config = fields.complete(config, TASKS, defaults)
-    fields.validate(config)
-    return config
+    return fields.checked(fields.complete(found, TASKS, defaults))
 
 
 def build(
