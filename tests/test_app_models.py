@@ -11,7 +11,7 @@ import pytest
 import dho2_jax
 from dho2_jax.app import config_files, fields
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.run import optimizers
+from dho2_jax.app.run import experiment, optimizers
 from dho2_jax.app.tasks.registry import TASKS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -60,6 +60,18 @@ def curvature(task, batch):
         return dho2_jax.hvp(lambda p: task.loss_fn(p, batch), params)(vector)
 
     return jax.jit(product)
+
+
+def test_the_last_of_two_overrides_counts_and_fields_have_types():
+    more = ["--config.optimizer.num_matvecs=9", "--config.mesh_axes=('a','b')"]
+    more += ["--config.steps=3", "--config.optimizer.num_matvecs=None"]
+    found = experiment.read_config("digits_mlp", [*more, "--config.steps=4"])
+    assert found.steps == 4 and found.mesh_axes == ("a", "b")
+    assert found.optimizer.num_matvecs is None and found.num_seeds == 3
+    plain = found.to_dict()
+    assert set(plain) == {field.name for field in fields.FIELDS}
+    assert fields.changed(plain, plain | {"workdir": "x"}) == {}
+    assert fields.changed(plain, plain | {"seed": 7}) == {"seed": (0, 7)}
 
 
 @pytest.mark.parametrize(

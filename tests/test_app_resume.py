@@ -1,12 +1,14 @@
 """`dho2 train` stopped in any way and called again: the run that never stopped."""
 
 import concurrent.futures
+import errno
 import json
 import pathlib
 import shutil
 import sys
 import time
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -251,6 +253,22 @@ def test_commands_started_at_once_get_a_directory_each(tmp_path, monkeypatch):
     path, lock = resume._make(out)
     lock.release()
     assert not (path / "config.json").exists() and path != tmp_path / "out"
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    def fail(number):
+        def acquire(self, **keywords):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+
+    fail(errno.ENOLCK)
+    path, lock = resume._make(str(tmp_path / "out"))
+    lock.release()
+    assert path == tmp_path / "out"
+    fail(errno.EACCES)
+    with pytest.raises(OSError):
+        resume._make(str(tmp_path / "other"))
 
 
 def test_what_not_all_processes_see_stays_as_it_is(saved_run, monkeypatch):
