@@ -517,7 +517,7 @@ MODES = {
 
 def run_train(args: Any, keep: Callable[[str, Any], None]) -> None:
     """`dho2 train` of the shipped configs, by the validation loss."""
-    from dho2_jax.app import experiment
+    from dho2_jax.app.run import experiment
 
     configs = workloads.RESULTS.parents[1] / "configs"
     for name, bases in TRAINED.items():

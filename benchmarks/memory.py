@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 
-from dho2_jax.app import topology as topologies
+from dho2_jax.app.plan import topology as topologies
 
 ROOT = pathlib.Path(__file__).resolve().parent
 GRIDS = {4: (2, 2), 16: (4, 4), 64: (8, 8), 256: (16, 16)}
@@ -43,9 +43,9 @@ def measure(model: str, chips: int, basis_only: bool) -> None:
     import dho2_jax
     from dho2_jax._refresh.at_once import compute_subspace
     from dho2_jax._vectors.slices import lay_out
-    from dho2_jax.app import experiment as experiments
-    from dho2_jax.app import measure as measuring
-    from dho2_jax.app import placement
+    from dho2_jax.app.plan import measure as measuring
+    from dho2_jax.app.run import experiment as experiments
+    from dho2_jax.app.run import placement
 
     name = "x".join(map(str, GRIDS[chips]))
     devices = topologies.devices(topologies.parse(f"v5e:{name}"))

@@ -43,12 +43,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from dho2_jax.app import experiment as experiments
-from dho2_jax.app import measure as measuring
-from dho2_jax.app import optimizers
-from dho2_jax.app.experiment import Experiment
-from dho2_jax.app.programs import Programs
-from dho2_jax.app.train import Stepper
+import dho2_jax
+from dho2_jax.app.run import experiment as experiments
+from dho2_jax.app.run import optimizers
+from dho2_jax.app.run.experiment import Experiment
+from dho2_jax.app.run.programs import Programs
+from dho2_jax.app.run.stepper import Stepper
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -221,7 +221,7 @@ def flops(options: argparse.Namespace) -> None:
 
     def product(params, some):
         loss = task.value_fn(some, gauss_newton=False)
-        return measuring.PRODUCTS["hessian"](loss, params)(params)
+        return dho2_jax.hvp(loss, params)(params)
 
     own, group = batch // devices, batch // options.groups
     one = of(own, jax.value_and_grad(task.loss_fn))

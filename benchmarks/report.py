@@ -13,6 +13,8 @@ import race
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from dho2_jax.app.show import table as tables
+
 BASES = tuple(who.BASES)
 COLOURS = {  # Okabe and Ito's
     "heavy ball": "#0072B2",
@@ -79,7 +81,7 @@ def table(rows: Sequence[Row], targets: dict[str, float]) -> str:
     """Returns a Markdown table: final losses, and seconds (steps) to each target."""
     head = ["optimizer", "final loss [min, max]"]
     head += [f"to {base}'s {goal:.4g}" for base, goal in targets.items()]
-    lines = [[*head, "ms a step", "compilation"], ["---"] * (len(head) + 2)]
+    lines = [[*head, "ms a step", "compilation"]]
     for row in rows:
         low, high = row.finals()
         cells = [row.label, f"{row.final():.4g} [{low:.4g}, {high:.4g}]"]
@@ -91,7 +93,7 @@ def table(rows: Sequence[Row], targets: dict[str, float]) -> str:
                 cells.append(f"{_seconds(seconds)} ({steps:.0f})")
         compilation = row.records[0]["compile_seconds"]
         lines.append([*cells, f"{row.per_step():.3g}", f"{compilation:.0f} s"])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join(tables.markdown(lines))
 
 
 def ratios(rows: Sequence[Row], targets: dict[str, float]) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 import contenders as who
 import fleet
 import numpy as np
-import sweeps
+import sweep_records
+
+from dho2_jax.app.show import table
 
 
 def report(names: Sequence[str]) -> None:
@@ -17,23 +19,25 @@ def report(names: Sequence[str]) -> None:
         ("Larger batches: steps to the base's tuned loss", BATCHES, _batches),
         ("Random starts", STARTS, _starts),
     ):
-        print(f"\n### {title}\n\n{head}\n" + "|---" * (head.count("|") - 1) + "|")
-        for name in names:
-            for row in rows(name):
-                print("| " + " | ".join(row) + " |")
+        cells = [head, *(row for name in names for row in rows(name))]
+        print(f"\n### {title}\n", *table.markdown(cells), sep="\n")
 
 
 TUNE = (
-    "| workload, base | tuned, ends at | DHO², untuned | DHO², tuned "
-    "| tuned's rate | untuned over tuned |"
+    "workload, base",
+    "tuned, ends at",
+    "DHO², untuned",
+    "DHO², tuned",
+    "tuned's rate",
+    "untuned over tuned",
 )
 
 
 def _tuned(name: str) -> Iterator[Sequence[str]]:
     """Yields, for each base, how much tuning the hybrid's start would give."""
     for base, start in who.STARTS.items():
-        alone = sweeps.load("tune", name, base)
-        ours = sweeps.load("tune", name, f"DHO² on {base}")
+        alone = sweep_records.load("tune", name, base)
+        ours = sweep_records.load("tune", name, f"DHO² on {base}")
         if alone is None or ours is None:
             continue
         _, goal = fleet.best(alone)
@@ -52,18 +56,23 @@ def _tuned(name: str) -> Iterator[Sequence[str]]:
 
 
 BATCHES = (
-    "| workload, base | tuned, ends at | its rate | after steps "
-    "| DHO², untuned, is there after | of the steps | ends at |"
+    "workload, base",
+    "tuned, ends at",
+    "its rate",
+    "after steps",
+    "DHO², untuned, is there after",
+    "of the steps",
+    "ends at",
 )
 
 
 def _batches(name: str) -> Iterator[Sequence[str]]:
     """Yields a row for each factor of the batch and each base."""
-    for factor in sweeps.FACTORS.get(name, ()):
+    for factor in sweep_records.FACTORS.get(name, ()):
         for base, start in who.STARTS.items():
             label = f"{name} x{factor:g}"
-            alone = sweeps.load("batches", label, base)
-            ours = sweeps.load("batches", label, f"DHO² on {base}")
+            alone = sweep_records.load("batches", label, base)
+            ours = sweep_records.load("batches", label, f"DHO² on {base}")
             if alone is None:
                 continue
             (rate, cosine), goal = fleet.best(alone)
@@ -81,8 +90,12 @@ def _batches(name: str) -> Iterator[Sequence[str]]:
 
 
 STARTS = (
-    "| workload, base | starts | not finite | ended above its start "
-    "| above twice the median | median [best, worst] by batch, small to large |"
+    "workload, base",
+    "starts",
+    "not finite",
+    "ended above its start",
+    "above twice the median",
+    "median [best, worst] by batch, small to large",
 )
 
 
@@ -90,7 +103,7 @@ def _starts(name: str) -> Iterator[Sequence[str]]:
     """Yields a row for each base."""
     for base in who.STARTS:
         found = [
-            sweeps.load("starts", workload, f"DHO² on {base}")
+            sweep_records.load("starts", workload, f"DHO² on {base}")
             for workload in (f"{name} x0.25", name, f"{name} x4")
         ]
         made = [one for one in found if one is not None]

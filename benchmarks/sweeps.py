@@ -21,25 +21,17 @@ initial rates over four decades, all drawn at random.
 
 import argparse
 import json
-import pathlib
-import re
 import time
 
 import fleet
 import jax
 import numpy as np
+import sweep_records
+import sweep_report
 import workloads
 from contenders import BASES, Contender, chosen, names
 
-SWEEPS = workloads.RESULTS / "sweeps"
 TUNING_SEEDS = (100, 101)
-FACTORS = {  # of the batch; digits are too few for more
-    "autoencoder": (4, 16),
-    "digits": (4,),
-    "transformer": (4, 16),
-    "resnet": (4,),
-    "gpt2": (0.25,),
-}
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -54,7 +46,7 @@ def tune(options: argparse.Namespace) -> None:
 def batches(options: argparse.Namespace) -> None:
     """Sweeps the settings of the bases and of DHO² on them at larger batches."""
     for name in options.workloads:
-        for factor in FACTORS[name]:
+        for factor in sweep_records.FACTORS[name]:
             workload = workloads.build(name, factor)
             for one in _chosen(workload, options):
                 _sail("batches", workload, one, fleet.grid(one, TUNING_SEEDS[:1]))
@@ -84,19 +76,13 @@ def _chosen(workload: workloads.Workload, options: argparse.Namespace):
             yield one
 
 
-def path_of(kind: str, workload: str, contender: str) -> pathlib.Path:
-    """Returns where a sweep is kept."""
-    words = re.sub(r"[^a-z0-9]+", "-", f"{workload} {contender}".lower()).strip("-")
-    return SWEEPS / kind / f"{words}.json"
-
-
 def _sail(
     kind: str,
     workload: workloads.Workload,
     contender: Contender,
     settings: list[fleet.Setting],
 ) -> None:
-    path = path_of(kind, workload.name, contender.name)
+    path = sweep_records.path_of(kind, workload.name, contender.name)
     if path.exists():
         return
     began = time.perf_counter()
@@ -130,19 +116,6 @@ def _short(x: float) -> float | None:
     return float(f"{x:.5g}") if np.isfinite(x) else None
 
 
-def load(kind: str, workload: str, contender: str) -> fleet.Fleet | None:
-    """Returns a sweep that was made, if it was; None stands for what is not finite."""
-    path = path_of(kind, workload, contender)
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    losses = np.array(found["losses"], float)
-    settings = [fleet.Setting(**one) for one in found["settings"]]
-    return fleet.Fleet(
-        settings, np.array(found["steps"]), losses, np.array(found["cuts"])
-    )
-
-
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
@@ -154,8 +127,6 @@ def main() -> None:
     options = parser.parse_args()
     options.workloads = options.workloads.split(",")
     if options.kind == "report":
-        import sweep_report
-
         return sweep_report.report(options.workloads)
     if options.kind == "batches" and not options.contenders:
         options.contenders = [

@@ -43,7 +43,7 @@ import fleet
 import jax
 import numpy as np
 import race
-import sweeps
+import sweep_records
 import workloads
 from workloads import RESULTS, Workload
 
@@ -108,7 +108,7 @@ def entries(workload: Workload, wanted: Sequence[str] = ()) -> list[Entry]:
 
 def _sweep(workload: Workload, contender: str) -> fleet.Fleet | None:
     kind = "tune" if workload.name in who.RATES else "batches"
-    return sweeps.load(kind, workload.name, contender)
+    return sweep_records.load(kind, workload.name, contender)
 
 
 def run_race(options: argparse.Namespace) -> None:

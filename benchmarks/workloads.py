@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dho2_jax.app import data, images
-from dho2_jax.app.task import Task
-from dho2_jax.app.tasks import TASKS
+from dho2_jax.app.data import images, stdlib
+from dho2_jax.app.tasks.interface import Task
+from dho2_jax.app.tasks.registry import TASKS
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 """Where all that was measured is kept."""
@@ -74,7 +74,7 @@ def _digits(batch_size: int) -> Callable[[jax.Array], Any]:
 
 
 def _characters(batch_size: int, length: int = 64) -> Callable[[jax.Array], Any]:
-    text, _ = data.source_texts(4_000_000)
+    text, _ = stdlib.source_texts(4_000_000)
     text, window = jnp.asarray(text), jnp.arange(length + 1)
 
     def draw(key: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from helpers import hear_interrupts
 
-from dho2_jax.app import cli, experiment, optimizers
+from dho2_jax.app import cli
+from dho2_jax.app.run import experiment, optimizers
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMALL = {

@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax.app import collectives, hlo
-from dho2_jax.app import topology as topologies
-from dho2_jax.app.collectives import Loop, Total
+from dho2_jax.app.plan import collectives, hlo
+from dho2_jax.app.plan import topology as topologies
+from dho2_jax.app.plan.collectives import Loop, Total
 
 ROWS = 64  # rows of 128 numbers that each device holds
 

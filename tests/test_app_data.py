@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax.app import data, images, share
+from dho2_jax.app.data import images, share, stdlib
+from dho2_jax.app.data.dataset import Dataset, generator
 from dho2_jax.app.errors import UserError
 
 DATASETS = {
@@ -20,7 +21,7 @@ DATASETS = {
     "scenes": lambda: images.scenes(
         32, image_size=40, num_classes=12, num_validation=20
     ),
-    "characters": lambda: data.characters(
+    "characters": lambda: stdlib.characters(
         32, length=16, max_bytes=300_000, num_validation=64
     ),
 }
@@ -137,7 +138,7 @@ def test_validation_is_made_once_when_asked_for():
         made.append(1)
         return np.zeros(3)
 
-    dataset = data.Dataset(lambda seed, step: None, None, load)
+    dataset = Dataset(lambda seed, step: None, None, load)
     assert not made
     assert dataset.validation is dataset.validation
     assert len(made) == 1
@@ -167,7 +168,7 @@ def test_patches_are_cut_where_they_say():
     assert pixels.min() >= 0 and pixels.max() <= 1
     train, _ = images.patch_positions(16, 64)
     # Same generator, same choice, but positions are looked up the slow way.
-    chosen = data.generator(1, 2).choice(len(train), size=32)
+    chosen = generator(1, 2).choice(len(train), size=32)
     expected = [
         pixels[image, row : row + 16, column : column + 16].ravel()
         for image, row, column in train[chosen]
@@ -191,7 +192,7 @@ def test_scenes_show_digits_on_photographs():
     (train, train_labels), (held_out, _) = images.digits_split(20)
     assert len(train) == 1777 and len(held_out) == len(dataset.validation[0]) == 20
     # Where a digit is black, half of a photograph is left, and that alone.
-    chosen = data.generator(0, 0).integers(1777, size=64)
+    chosen = generator(0, 0).integers(1777, size=64)
     np.testing.assert_array_equal(train_labels[chosen], labels)
     windows = np.lib.stride_tricks.sliding_window_view(
         images.colours(), (5, 5), axis=(1, 2)
@@ -212,19 +213,19 @@ def test_scenes_show_digits_on_photographs():
 
 
 def test_source_text_is_split_by_file():
-    train, held_out = data.source_texts(300_000)
-    files = data.source_files()
+    train, held_out = stdlib.source_texts(300_000)
+    files = stdlib.source_files()
     for tokens, number in ((train, 0), (held_out, 5)):
         text = files[number].read_text(encoding="utf-8", errors="ignore")
-        expected = data.encode(text)
+        expected = stdlib.encode(text)
         assert np.array_equal(tokens[: len(expected)], expected)
     assert len(train) + len(held_out) >= 300_000
-    assert train.max() < len(data.VOCABULARY)
+    assert train.max() < len(stdlib.VOCABULARY)
     # A long piece of the held-out text does not occur in the training text.
     piece = held_out[len(held_out) // 2 :][:400].tobytes()
     assert piece not in train.tobytes()
 
 
 def test_encode_drops_what_it_has_no_word_for():
-    text = "".join(data.VOCABULARY[i] for i in data.encode("a\té\nZ~\x00"))
+    text = "".join(stdlib.VOCABULARY[i] for i in stdlib.encode("a\té\nZ~\x00"))
     assert text == "a    \nZ~"

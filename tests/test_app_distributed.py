@@ -14,8 +14,9 @@ import pytest
 from helpers import start_processes
 from jax.experimental import multihost_utils
 
-from dho2_jax.app import cli, distributed, experiment
+from dho2_jax.app import cli
 from dho2_jax.app.errors import UserError
+from dho2_jax.app.run import distributed, experiment
 
 DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
 SMALL = [

@@ -12,10 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dho2_jax.app import cli, experiment, hub
+from dho2_jax.app import cli
+from dho2_jax.app.data import hub
+from dho2_jax.app.data.share import Share
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.share import Share
-from dho2_jax.app.tasks import TASKS
+from dho2_jax.app.run import experiment
+from dho2_jax.app.tasks.registry import TASKS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NUMBER = 24  # of training images and of training windows

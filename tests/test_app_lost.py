@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_app_mesh import DIGITS, SMALL
 
-from dho2_jax.app import experiment
-from dho2_jax.app.train import outcome
+from dho2_jax.app.record import outcome
+from dho2_jax.app.run import experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dho2_jax.app import experiment, placement
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.programs import build_programs
+from dho2_jax.app.run import experiment, placement
+from dho2_jax.app.run.programs import build_programs
 
 DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
 SMALL = [

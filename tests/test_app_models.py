@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import dho2_jax
-from dho2_jax.app import config, optimizers
+from dho2_jax.app import config_files, fields
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.tasks import TASKS
+from dho2_jax.app.run import experiment, optimizers
+from dho2_jax.app.tasks.registry import TASKS
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TEXT = {
@@ -61,6 +62,18 @@ def curvature(task, batch):
     return jax.jit(product)
 
 
+def test_the_last_of_two_overrides_counts_and_fields_have_types():
+    more = ["--config.optimizer.num_matvecs=9", "--config.mesh_axes=('a','b')"]
+    more += ["--config.steps=3", "--config.optimizer.num_matvecs=None"]
+    found = experiment.read_config("digits_mlp", [*more, "--config.steps=4"])
+    assert found.steps == 4 and found.mesh_axes == ("a", "b")
+    assert found.optimizer.num_matvecs is None and found.num_seeds == 3
+    plain = found.to_dict()
+    assert set(plain) == {field.name for field in fields.FIELDS}
+    assert fields.changed(plain, plain | {"workdir": "x"}) == {}
+    assert fields.changed(plain, plain | {"seed": 7}) == {"seed": (0, 7)}
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -72,11 +85,10 @@ def curvature(task, batch):
 )
 def test_configs_have_the_published_sizes(name, count):
     defaults = optimizers.optimizer_defaults()
-    found = config.load(str(CONFIGS / f"{name}.py"))
-    found = config.complete(found, TASKS, defaults)
-    config.validate(found)
-    fields = dict(found.task.items())
-    task = TASKS[fields.pop("name")](found.batch_size, **fields)
+    found = config_files.load(str(CONFIGS / f"{name}.py"))
+    found = fields.checked(fields.complete(found, TASKS, defaults))
+    arguments = dict(found.task.items())
+    task = TASKS[arguments.pop("name")](found.batch_size, **arguments)
     params = jax.eval_shape(task.init, 0)
     leaves = jax.tree.leaves(params)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)

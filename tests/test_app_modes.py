@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_app_mesh import DIGITS, SMALL
 
-from dho2_jax.app import experiment, measure
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.train import Stepper
+from dho2_jax.app.plan import measure
+from dho2_jax.app.run import experiment
+from dho2_jax.app.run.stepper import Stepper
 
 STAGGERED = "optimizer.refresh=staggered"
 LONGER = ("steps=40", "optimizer.refresh_period=12", "optimizer.early_refreshes=(3,)")

@@ -3,24 +3,19 @@
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import types
 
 import jax
 import pytest
 
-from dho2_jax.app import (
-    cli,
-    collectives,
-    experiment,
-    measure,
-    placement,
-    plan,
-    plan_table,
-    topology,
-)
+import dho2_jax
+from dho2_jax.app import cli
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.programs import compile_programs
+from dho2_jax.app.plan import collectives, figures, forecast, measure, topology
+from dho2_jax.app.run import experiment, placement
+from dho2_jax.app.run.programs import compile_programs
 
 DIGITS = str(pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py")
 SMALL = [
@@ -206,7 +201,7 @@ def test_periodic_refresh_is_part_of_the_step():
     assert in_branches["numbers"] >= 8 * reduced["numbers"]
     every_step = found["step"]["collectives"]["all-reduce"]
     assert N <= every_step["numbers"] < 2 * N
-    assert "temporaries of a refresh" not in plan_table.table({"cpu:2": found}, "cpu:2")
+    assert "temporaries of a refresh" not in figures.report({"cpu:2": found}, "cpu:2")
 
 
 def test_one_device():
@@ -251,7 +246,7 @@ def test_plan_in_a_process(here, alone, tmp_path, capsys, monkeypatch):
         cli.main(arguments)
     assert tuple(capsys.readouterr()) == (output.out, "")
     with pytest.raises(AssertionError, match="for what is known"):
-        plan.plan(DIGITS, [*SMALL, "--config.optimizer.num_largest=4"], "cpu:2")
+        forecast.plan(DIGITS, [*SMALL, "--config.optimizer.num_largest=4"], "cpu:2")
 
 
 def test_what_cannot_be_had_is_said(monkeypatch):
@@ -263,9 +258,9 @@ def test_what_cannot_be_had_is_said(monkeypatch):
             raise UserError(f"no {one.name}.")
         return {"chips": 8}
 
-    monkeypatch.setattr(plan, "_ask", ask)
+    monkeypatch.setattr(forecast, "_ask", ask)
     shape = ["--config.mesh_shape=(2,4)", "--config.mesh_axes=('a','b')"]
-    found = plan.plan(DIGITS, shape, "cpu:8")
+    found = forecast.plan(DIGITS, shape, "cpu:8")
     assert found == {
         "cpu:4": {"refused": "no cpu:4."},
         "cpu:8": {"chips": 8},
@@ -278,18 +273,60 @@ def test_what_cannot_be_had_is_said(monkeypatch):
     config = experiment.read_config(DIGITS, fitted[1])
     assert tuple(config.mesh_shape) == (2, -1)
     with pytest.raises(UserError, match=r"no cpu:4\."):
-        plan.plan(DIGITS, [], "cpu:4")
+        forecast.plan(DIGITS, [], "cpu:4")
 
 
 def test_child_that_dies(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.sys, "executable", "/bin/false")
+    monkeypatch.setattr(forecast.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"failed with exit status 1 \(nothing was"):
-        plan.plan(DIGITS, [], "cpu:4")
+        forecast.plan(DIGITS, [], "cpu:4")
+
+
+def test_real_error_of_a_child_is_said(alone, capsys):
+    """It ends with JAX's notice that frames were removed; that is not what failed."""
+    source = (
+        "import json, sys, jax\n"
+        "from dho2_jax.app.plan import measure\n"
+        "def fail(*a): jax.jit(lambda x: x @ undefined)(jax.numpy.ones(3))\n"
+        "measure.measure = fail\n"
+        "measure.main()\n"
+    )
+    arguments = ["plan", DIGITS, *SMALL, "--topology=cpu:1"]
+
+    def start(command, **keywords):
+        return Popen([command[0], "-c", source], **keywords)
+
+    Popen = subprocess.Popen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        said = fails(arguments, capsys)
+    assert "compiling for `cpu:1` failed (NameError: name 'undefined' is not" in said
+    assert "frames" not in said
+
+
+OPERATORS = ("hessian", "ggn", "reverse_over_reverse", "central_difference")
+
+
+@pytest.mark.parametrize("curvature", OPERATORS)
+def test_every_operator(curvature):
+    one = jax.devices()[:1]
+    chosen = build(one, f"--config.optimizer.curvature={curvature}")
+    found = measure.measure(chosen, one)
+    assert found["product"]["flops"] > 0
+    assert found["refresh"]["flops"] > found["product"]["flops"]
+    gradient = found["step"]["flops"]
+    assert 0.1 < found["product"]["flops"] / gradient < 10
+
+
+def test_operators_are_all():
+    with pytest.raises(ValueError, match="`curvature` must be one of ") as error:
+        dho2_jax.curvature_matvec("none", None, {})
+    assert re.findall(r"'(\w+)'", str(error.value))[:-1] == list(OPERATORS)
 
 
 def test_table(here):
     large = here | {"refresh": {"too_large": "needs 24.00 GiB, 15.75 GiB are there"}}
-    text = plan_table.table(
+    text = figures.report(
         {
             "v5e:1x2": here | {"chips": 4},
             "v5e:2x2": large,
@@ -304,7 +341,7 @@ def test_table(here):
     assert rows["the chip's memory"].count("15.75 of 16 GiB") == 2
     assert rows["in all during a refresh"].endswith("too large")
     assert "%" in rows["in all during a step"]
-    for label in plan_table.GROUPS.values():
+    for label in figures.GROUPS.values():
         assert rows[label].count("B") >= 2
     assert rows["temporaries of a refresh"].count("iB") == 1
     assert "collectives of one Lanczos product" in rows
@@ -319,7 +356,7 @@ def test_table(here):
 
 @needs_libtpu
 def test_tpu(alone):
-    found = plan.plan(DIGITS, SMALL, "v5e:2x2")["v5e:2x2"]
+    found = forecast.plan(DIGITS, SMALL, "v5e:2x2")["v5e:2x2"]
     assert found["devices"] == 4
     groups = found["groups"]
     assert 4 * N <= groups["parameters"] < 16 * N
@@ -328,7 +365,7 @@ def test_tpu(alone):
     assert found["step"]["code"] > 0 and found["step"]["flops"] > 0
     product = found["product"]["collectives"]
     assert N <= product["all-reduce"]["numbers"] < 3 * N
-    text = plan_table.table({"v5e:2x2": found}, "v5e:2x2")
+    text = figures.report({"v5e:2x2": found}, "v5e:2x2")
     assert "15.75 of 16 GiB" in text
 
 
@@ -376,6 +413,6 @@ def test_program_that_is_too_large():
 @needs_libtpu
 def test_libtpu_refuses_a_shape(capsys):
     with pytest.raises(UserError) as error:
-        plan.plan(DIGITS, SMALL, "v5e:3x3")
+        forecast.plan(DIGITS, SMALL, "v5e:3x3")
     assert "libtpu does not know the topology `v5e:3x3`" in str(error.value)
     assert "the nearest that it may know is v5e:4x4." in str(error.value)

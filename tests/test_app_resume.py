@@ -1,20 +1,24 @@
 """`dho2 train` stopped in any way and called again: the run that never stopped."""
 
 import concurrent.futures
+import errno
 import json
 import pathlib
 import shutil
 import sys
 import time
 
+import filelock
 import jax
 import numpy as np
 import pytest
 from helpers import start_processes
 
-from dho2_jax.app import checkpoint, cli, distributed, experiment, resume, writers
+from dho2_jax.app import cli
 from dho2_jax.app.errors import UserError
-from dho2_jax.app.train import Progress
+from dho2_jax.app.record import Progress
+from dho2_jax.app.run import checkpoint, distributed, experiment, resume
+from dho2_jax.app.show import saved, writers
 
 DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
 SMALL = (
@@ -113,7 +117,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode, tmp_path, capsys):
     assert [run.interrupted for run in stopped] == [True]
     at = stopped[0].rows[-1]["step"]
     assert at == (18 if mode == "overlapped" else 13)
-    steps = checkpoint.steps_in(parts / "dho2" / "checkpoints")
+    steps = saved.steps_in(parts / "dho2" / "checkpoints")
     assert steps[-1] == at and "val_loss" in rows_of(parts)[-1]
 
     # Killed: all since the last checkpoint is done again.
@@ -129,7 +133,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode, tmp_path, capsys):
         {**row, "seconds": 0} for row in expected
     ]
     assert rows_of(parts)[-1]["refreshes"] >= 5
-    assert len(checkpoint.steps_in(parts / "dho2" / "checkpoints")) == 2
+    assert len(saved.steps_in(parts / "dho2" / "checkpoints")) == 2
     assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [
         "parts"
     ]
@@ -201,7 +205,6 @@ def choose(directory, *overrides):
 def pretend_a_checkpoint(directory):
     item = directory / "dho2" / resume.CHECKPOINTS / "5" / checkpoint.STATE
     item.mkdir(parents=True)
-    (item / checkpoint.METADATA).touch()
 
 
 def test_an_older_run_of_the_same_values_goes_on(tmp_path, capsys):
@@ -233,7 +236,7 @@ def test_commands_started_at_once_get_a_directory_each(tmp_path, monkeypatch):
     paths = {path for path, _ in made}
     assert len(paths) == 8
     for _, lock in made:
-        lock.close()
+        lock.release()
 
     # Another one that comes and goes between the look at it and the lock.
     lock_it = resume._lock
@@ -248,8 +251,24 @@ def test_commands_started_at_once_get_a_directory_each(tmp_path, monkeypatch):
     paths.remove(min(paths))
     monkeypatch.setattr(resume, "_lock", late)
     path, lock = resume._make(out)
-    lock.close()
+    lock.release()
     assert not (path / "config.json").exists() and path != tmp_path / "out"
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    def fail(number):
+        def acquire(self, **keywords):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+
+    fail(errno.ENOLCK)
+    path, lock = resume._make(str(tmp_path / "out"))
+    lock.release()
+    assert path == tmp_path / "out"
+    fail(errno.EACCES)
+    with pytest.raises(OSError):
+        resume._make(str(tmp_path / "other"))
 
 
 def test_what_not_all_processes_see_stays_as_it_is(saved_run, monkeypatch):
@@ -268,7 +287,7 @@ def test_a_damaged_checkpoint(part, saved_run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(saved_run, out)
     checkpoints = out / "dho2" / "checkpoints"
-    assert checkpoint.steps_in(checkpoints) == [2, 3]
+    assert saved.steps_in(checkpoints) == [2, 3]
     damaged = checkpoints / "3" / "state" / part
     files = damaged.rglob("*") if damaged.is_dir() else [damaged]
     for path in files:
@@ -406,7 +425,7 @@ def test_two_processes_go_on_until_one_is_told_to_end(tmp_path, started):
     started[1].terminate()
     assert [process.wait(60) for process in started] == [cli.TERMINATED] * 2, said()
     assert "Going on with DHO² (Adam) from step 6" in said()
-    at = checkpoint.steps_in(out / "dho2" / "checkpoints")[-1]
+    at = saved.steps_in(out / "dho2" / "checkpoints")[-1]
     assert f"Stopped by SIGTERM at step {at} of DHO²" in said()
     assert "Going on" not in said(1) and "Stopped" not in said(1)
 
@@ -427,7 +446,7 @@ def test_two_processes_go_on_until_one_is_told_to_end(tmp_path, started):
 def test_the_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     asked = after(6)
     monkeypatch.setattr(
-        "dho2_jax.app.train.interruptible",
+        "dho2_jax.app.run.train.interruptible",
         lambda: __import__("contextlib").nullcontext(asked),
     )
     with pytest.raises(SystemExit) as exit_info:

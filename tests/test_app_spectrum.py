@@ -12,7 +12,8 @@ from helpers import quadratic, refreshed
 from matplotlib.image import imread
 
 import dho2_jax
-from dho2_jax.app import cli, spectrum, writers
+from dho2_jax.app import cli
+from dho2_jax.app.show import saved, spectrum, writers
 
 ocp = pytest.importorskip("orbax.checkpoint")
 
@@ -145,13 +146,23 @@ def test_states_in_other_nests(state, tmp_path):
     save(tmp_path / "nnx", nnx.state((model, optimizer)))
     found, rows = spectrum.load(str(tmp_path / "nnx"))
     assert len(found.eigenvalues) == 0 and rows == []
-    assert "No eigenpairs yet" in spectrum.table(found)
+    assert "No eigenpairs yet" in spectrum.report(found)
 
     from orbax.checkpoint import v1
 
     v1.save(tmp_path / "new" / "step_3", {"opt": (optax.EmptyState(), state)})
     found, _ = spectrum.load(str(tmp_path / "new"))
     assert found.eigenvalues[0] == pytest.approx(40.0, rel=1e-3)
+
+
+def test_what_is_being_written_is_left_out(state, later, tmp_path):
+    manage(tmp_path, {5: state})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "whole", {"a": later})
+    (tmp_path / "whole").rename(tmp_path / "20.orbax-checkpoint-tmp-1")
+    assert saved.steps_in(tmp_path) == [5] and saved.steps_in(tmp_path / "no") == []
+    assert [*saved.trees_in(tmp_path, 3)] == [tmp_path / "5" / "train"]
+    assert spectrum.load(str(tmp_path))[0].path == tmp_path / "5" / "train"
 
 
 def test_no_eigenvector_is_read(state, tmp_path, monkeypatch):

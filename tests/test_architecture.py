@@ -51,6 +51,18 @@ LAYERS = (
 )
 """Bottom up; a module imports from lower layers only."""
 
+APP = ROOT / "app"
+APP_ROOMS = (
+    {"errors", "record", "fields", "config_files"},
+    {"data"},
+    {"tasks"},
+    {"show"},
+    {"run"},
+    {"plan"},
+    {"cli"},
+)
+"""The application's folders, and the files at its root; bottom up, as above."""
+
 RATES = {
     "newton_learning_rate",
     "subspace_decay",
@@ -155,6 +167,45 @@ def test_only_public_apis_and_no_global_configuration(path):
 def test_the_application_and_the_flax_helpers_use_public_names_alone():
     for path in [*sorted((ROOT / "app").rglob("*.py")), ROOT / "nnx.py"]:
         assert not core_imports(path), f"{path.name} reaches into the core"
+
+
+APP_FILES = sorted(path for path in APP.rglob("*.py") if path.stem != "__init__")
+
+
+def app_name(path):
+    return ".".join(path.relative_to(APP).with_suffix("").parts)
+
+
+def app_imports(path):
+    """Names below `dho2_jax.app` of the application's files that a file imports."""
+    known = set(map(app_name, APP_FILES))
+    found = [name.removeprefix("dho2_jax.app.") for name in imports(path)]
+    found = [name if name in known else name.rpartition(".")[0] for name in found]
+    return known.intersection(found)
+
+
+def floor(name):
+    room = name.partition(".")[0]
+    return next(i for i, names in enumerate(APP_ROOMS) if room in names)
+
+
+def test_every_room_of_the_application_has_a_floor():
+    rooms = {app_name(path).partition(".")[0] for path in APP_FILES}
+    assert rooms == set().union(*APP_ROOMS)
+
+
+@pytest.mark.parametrize("path", APP_FILES, ids=app_name)
+def test_the_application_flows_one_way(path):
+    above = {one for one in app_imports(path) if floor(one) > floor(app_name(path))}
+    assert not above, f"{path.name} imports from a room above its own"
+
+
+def test_no_circle_within_a_room():
+    waiting = {app_name(path): app_imports(path) for path in APP_FILES}
+    while free := [one for one, needs in waiting.items() if not needs & waiting.keys()]:
+        for one in free:
+            del waiting[one]
+    assert not waiting
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: f"{p.parent.stem}-{p.stem}")

@@ -137,7 +137,7 @@ def test_the_loss_for_curvature_is_the_training_loss():
     import jax
     import workloads
 
-    from dho2_jax.app.tasks import TASKS
+    from dho2_jax.app.tasks.registry import TASKS
 
     options = {"length": 8, "width": 8, "num_layers": 3, "num_heads": 2}
     options |= {"vocabulary_size": 128, "num_validation": 4, "remat": True}

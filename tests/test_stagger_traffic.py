@@ -21,7 +21,7 @@ from sharded_cases import loss, parameters
 from test_stagger import LEAVES, OPTIONS, TALL_AND_WIDE
 
 import dho2_jax
-from dho2_jax.app import collectives, topology
+from dho2_jax.app.plan import collectives, topology
 
 TOPOLOGIES = ("cpu:8", "v5e:4x4", "v5e:16x16")
 SIDES = {8: 2, 16: 4, 256: 16}  # of the second axis, by the number of devices

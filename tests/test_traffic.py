@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_jax
-from dho2_jax.app import collectives, topology
+from dho2_jax.app.plan import collectives, topology
 
 LARGEST, SMALLEST, MATVECS = 5, 2, 11
 PARTS = {"b": (512,), "u": (256, 512), "v": (512, 256), "w": (256, 512)}

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dho2_jax.app import distributed
+from dho2_jax.app import record
 from dho2_jax.app.errors import UserError, nearest
+from dho2_jax.app.run import distributed
 
 EXTRA = (
-    *"PIL absl flax grain matplotlib ml_collections orbax sklearn".split(),
+    *"PIL absl filelock flax grain matplotlib ml_collections orbax sklearn".split(),
     *("tensorboardX", "tqdm"),
 )
 INTERRUPTED, TERMINATED = 130, 143  # what a shell expects after SIGINT and SIGTERM
@@ -25,16 +26,17 @@ INTERRUPTED, TERMINATED = 130, 143  # what a shell expects after SIGINT and SIGT
 COMMANDS = ("train", "compare", "plan", "spectrum")
 OPTIONS = ("--help", "--topology", "--json", "--picture", *distributed.OPTIONS)
 
+CONFIG = "a config file, or the name of one in configs/, such as digits_mlp"
 DESCRIPTION = """\
 Train with DHO²: a Newton step in the sharpest directions of the loss, any Optax
 optimizer in all others.
 """
 EPILOG = """\
 example:
-  dho2 train configs/patch_autoencoder.py --config.optimizer.num_largest=20
-  dho2 compare configs/digits_mlp.py --config.num_seeds=3
+  dho2 train patch_autoencoder --config.optimizer.num_largest=20
+  dho2 compare digits_mlp --config.num_seeds=3
   dho2 spectrum runs/patch_autoencoder
-  dho2 plan configs/gpt2_124m.py --topology v5e:16x16
+  dho2 plan gpt2_124m --topology v5e:16x16
 
 Every field of a config file can be set by --config.NAME=VALUE.
 """
@@ -97,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             + distributed.HELP,
             usage=f"dho2 {name} [-h] CONFIG [--config.NAME=VALUE ...] [options]",
         )
-        command.add_argument(
-            "config", metavar="CONFIG", help="a config file, see configs/"
-        )
+        command.add_argument("config", metavar="CONFIG", help=CONFIG)
         distributed.add_options(command)
     _add_plan(commands)
     _add_spectrum(commands)
@@ -128,7 +128,7 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
         usage="dho2 plan [-h] CONFIG --topology NAME [--json FILE] "
         "[--config.NAME=VALUE ...]",
     )
-    command.add_argument("config", metavar="CONFIG", help="a config file, see configs/")
+    command.add_argument("config", metavar="CONFIG", help=CONFIG)
     command.add_argument(
         "--topology",
         metavar="NAME",
@@ -202,9 +202,10 @@ def _run(arguments: Sequence[str]) -> int:
     )
     import jax
 
-    from dho2_jax.app import compare, experiment, train
+    from dho2_jax.app.run import compare, experiment, train
+    from dho2_jax.app.show import saved
 
-    _quieten_orbax()
+    saved.quieten_orbax()
     with train.interruptible() as should_stop:
         training = options.command == "train"
         prepared = experiment.prepare(options.config, overrides, may_resume=training)
@@ -220,11 +221,11 @@ def _run(arguments: Sequence[str]) -> int:
         return status if is_stopped else 0
     if training:
         for run in runs:
-            print(_sentence(train.outcome(run)))
+            print(_sentence(record.outcome(run)))
     else:
         summary = compare.summarise(runs)
         compare.write_summary(prepared, summary)
-        print(compare.table(summary, prepared.task.loss_label))
+        print(compare.report(summary, prepared.task.loss_label))
     if is_stopped:
         print(
             f"Stopped by {how} at step {runs[-1].rows[-1]['step']} of "
@@ -238,23 +239,6 @@ def _run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _quieten_orbax() -> None:
-    """Leaves its errors alone: it warns of files that need not be there.
-
-    And where one array cannot be read, it does not wait for the reads of the others.
-    """
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)
-    show = sys.unraisablehook
-
-    def show_others(found: Any) -> None:
-        if str(found.exc_value) != "Event loop is closed":
-            show(found)
-
-    sys.unraisablehook = show_others
-
-
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Prints what a run will need."""
     file = None if options.json is None else pathlib.Path(options.json)
@@ -262,10 +246,11 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(
             f"`--json` must name a file in a directory that exists, got `{file}`."
         )
-    from dho2_jax.app import plan, plan_table, writers
+    from dho2_jax.app.plan import figures, forecast
+    from dho2_jax.app.show import writers
 
-    measured = plan.plan(options.config, overrides, options.topology)
-    print(plan_table.table(measured, options.topology))
+    measured = forecast.plan(options.config, overrides, options.topology)
+    print(figures.report(measured, options.topology))
     if file is not None:
         file.write_text(writers.to_json(measured), encoding="utf-8")  # may be a pipe
     return 0
@@ -283,11 +268,11 @@ def _spectrum(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError(
             f"`--picture` must name a file in a directory that exists, got `{picture}`."
         )
-    from dho2_jax.app import plots, spectrum
+    from dho2_jax.app.show import plots, saved, spectrum
 
-    _quieten_orbax()
+    saved.quieten_orbax()
     found, rows = spectrum.load(options.checkpoint)
-    print(spectrum.table(found))
+    print(spectrum.report(found))
     plots.plot_spectrum(
         picture, found, rows, title=f"DHO² curvature in {options.checkpoint}"
     )

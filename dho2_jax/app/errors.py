@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception whose text is meant for the user; imports nothing."""
+"""The one exception whose text is meant for the user."""
 
 import difflib
 from collections.abc import Iterable
