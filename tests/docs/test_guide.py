@@ -14,7 +14,7 @@ import dho2_jax
 
 nnx = pytest.importorskip("flax.nnx")
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GUIDE = (ROOT / "GUIDE.md").read_text(encoding="utf-8")
 RECIPES = {
     section.split("\n")[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)

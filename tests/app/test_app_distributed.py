@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from dho2_jax.app import cli, distributed, experiment
 from dho2_jax.app.errors import UserError
 
-DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
+DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits_mlp.py"
 SMALL = [
     "--config.task.widths=(16,)",
     "--config.log_every=3",

@@ -16,7 +16,7 @@ from helpers import hear_interrupts
 
 from dho2_jax.app import cli, experiment, optimizers
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SMALL = {
     "patch_autoencoder": ["--config.task.widths=(16,)", "--config.batch_size=64"],
     "digits_mlp": ["--config.task.widths=(16,)"],

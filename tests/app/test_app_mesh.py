@@ -12,7 +12,7 @@ from dho2_jax.app import experiment, placement
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.programs import build_programs
 
-DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
+DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits_mlp.py"
 SMALL = [
     "--config.task.widths=(16,)",
     "--config.steps=12",

@@ -17,7 +17,7 @@ from dho2_jax.app.errors import UserError
 from dho2_jax.app.share import Share
 from dho2_jax.app.tasks import TASKS
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NUMBER = 24  # of training images and of training windows
 LENGTH = 5
 READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -22,7 +22,7 @@ from dho2_jax.app import (
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.programs import compile_programs
 
-DIGITS = str(pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py")
+DIGITS = str(pathlib.Path(__file__).parents[2] / "configs" / "digits_mlp.py")
 SMALL = [
     "--config.task.widths=(32,)",
     "--config.batch_size=64",

@@ -13,7 +13,7 @@ from dho2_jax.app import config, optimizers
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.tasks import TASKS
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TEXT = {
     "vocabulary_size": 128,
     "length": 16,

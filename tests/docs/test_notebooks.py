@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 NAMES = {"quickstart", "flax_nnx_sharded", "staggered_refresh", "checkpoint_8_to_4"}
 MOST_BYTES, MOST_BYTES_OF_A_PICTURE = 300_000, 60_000

@@ -5,6 +5,7 @@ for a TPU: libtpu belongs into a process of its own.
 """
 
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -90,7 +91,8 @@ def compiled(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("hlo")
     subprocess.run(
         [sys.executable, __file__, request.param, str(directory)],
-        env=topology.environment(topology.parse(request.param)),
+        env=topology.environment(topology.parse(request.param))
+        | {"PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
         capture_output=True,
     )

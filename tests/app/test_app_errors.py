@@ -6,7 +6,7 @@ import pytest
 
 from dho2_jax.app import cli
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DIGITS = str(CONFIGS / "digits_mlp.py")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import free_port, surroundings
 
-WORKER = pathlib.Path(__file__).with_name("overlap_worker.py")
+WORKER = pathlib.Path(__file__).parents[1] / "overlap_worker.py"
 PATIENCE = 200  # for what takes seconds on an idle machine
 
 

@@ -16,7 +16,7 @@ from dho2_jax.app import checkpoint, cli, distributed, experiment, resume, write
 from dho2_jax.app.errors import UserError
 from dho2_jax.app.train import Progress
 
-DIGITS = pathlib.Path(__file__).parents[1] / "configs" / "digits_mlp.py"
+DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits_mlp.py"
 SMALL = (
     "task.widths=(8,)",
     "steps=64",

@@ -9,7 +9,7 @@ import time
 
 from helpers import free_port, surroundings
 
-POD = pathlib.Path(__file__).parents[1] / "notebooks" / "pod"
+POD = pathlib.Path(__file__).parents[2] / "notebooks" / "pod"
 SMALL = "--width=32 --batch-size=32 --num-largest=2 --save-every=5 --log-every=1"
 PATIENCE = 240  # for what takes twenty on an idle machine
 
