@@ -20,12 +20,36 @@ MARKERS = dict.fromkeys(
 ) | {"app": "app", "benchmarks": "app", "docs": "docs"}
 """Of the tests in a folder; those marked `slow` are not `core`."""
 
+PACKAGES = {
+    "app": (
+        *("flax", "datasets", "grain", "matplotlib", "ml_collections"),
+        *("orbax.checkpoint", "PIL", "sklearn", "tensorboardX", "tqdm"),
+    ),
+    "docs": ("flax", "grain", "orbax.checkpoint"),
+}
+"""What the tests with a marker import beyond the extra `test-core`."""
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
         marker = MARKERS.get(_folder(item.path))
         if marker and not (marker == "core" and item.get_closest_marker("slow")):
             item.add_marker(marker)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if MARKERS.get(_folder(module_path)) in PACKAGES:
+        return _WithPackages.from_parent(parent, path=module_path)
+    return None
+
+
+class _WithPackages(pytest.Module):
+    """Skipped where a package is missing."""
+
+    def collect(self):
+        for package in PACKAGES[MARKERS[_folder(self.path)]]:
+            pytest.importorskip(package)
+        return super().collect()
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from helpers import up_to_sign
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_jax
+
+nnx = pytest.importorskip("flax.nnx")
 
 SETTINGS = {"num_largest": 3, "num_matvecs": 8, "refresh_period": 4}
 MASK = {"embed": False, "net": {"w": True, "v": True}}
