@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import pytest
 
 import dho2_jax
 
@@ -176,6 +177,14 @@ WRAPPERS = {
     ),
 }
 """Name to a function that wraps an external DHO²; all take the whole parameters."""
+
+EACH_WRAPPER = [
+    name
+    if name in ("bare", "chain", "inject", "masked")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in WRAPPERS
+]
+"""Their names, for tests that compile each: the quick ones have four."""
 
 
 @functools.cache

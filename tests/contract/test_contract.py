@@ -8,6 +8,7 @@ import pytest
 from cases import (
     BASES,
     COMPILED,
+    EACH_WRAPPER,
     FACTORIES,
     FAST,
     SMALL,
@@ -70,6 +71,7 @@ def test_init_update_and_refresh_agree_in_signature(name, dtype, mode):
     assert_same_signature(renew, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mode",
     [(name, "external") for name in COMPILED]
@@ -254,7 +256,7 @@ def test_tree_map_params_inside_wrappers(name):
 # --- wrappers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", EACH_WRAPPER)
 def test_wrapped_training_compiles_once(name):
     loop, params, state = trained(name)
     params, state = loop.run(params, state, 2)
@@ -307,6 +309,7 @@ def test_multi_steps_is_the_mean_gradient():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masked", "partition"])
 def test_a_mask_is_dho2_on_the_rest(name):
     loop, whole = wrapped(name), parameters()

@@ -10,8 +10,8 @@ import optax
 import pytest
 from cases import (
     BASES,
+    EACH_WRAPPER,
     SMALL,
-    WRAPPERS,
     Loop,
     assert_same_numbers,
     assert_same_signature,
@@ -30,7 +30,7 @@ nnx = pytest.importorskip("flax.nnx")
 # --- nests -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", EACH_WRAPPER)
 def test_subspace_and_metrics_need_only_the_state(name):
     _, _, state = trained(name)
     found = dho2_jax.subspace(state)
@@ -52,7 +52,7 @@ def test_subspace_and_metrics_need_only_the_state(name):
         np.testing.assert_allclose(value, numbers[key], rtol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", EACH_WRAPPER)
 def test_set_enabled_changes_nothing_else(name):
     loop, params, state = trained(name)
     off = dho2_jax.set_enabled(state, False)
@@ -96,7 +96,7 @@ def continued(loop, params, state):
     return loop.run(params, state, 1)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", EACH_WRAPPER)
 def test_leaves_in_an_npz_restore_into_a_target(name, tmp_path):
     loop, params, state = trained(name)
     np.savez(tmp_path / "state.npz", *jax.tree.leaves(state))
@@ -114,6 +114,7 @@ def test_leaves_in_an_npz_restore_into_a_target(name, tmp_path):
     assert loop.traces == 1 and loop.renewals == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bare", "chain", "partition", "deep"])
 def test_orbax_restores_into_an_abstract_target(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
@@ -216,6 +217,7 @@ def test_nnx_optimizer_refreshes_from_its_boxed_state():
     assert int(dho2_jax.metrics(optimizer.opt_state)["num_active"]) == 0
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_passes_value_fn():
     model, traces = Network(), []
     tx = optax.chain(external(refresh="periodic"), optax.identity())
@@ -234,6 +236,7 @@ def test_nnx_optimizer_passes_value_fn():
     assert int(dho2_jax.metrics(optimizer.opt_state)["refreshes"]) == 2
 
 
+@pytest.mark.slow
 def test_nnx_and_pure_states_train_alike():
     """The pure loop sees no boxes at all; leaves are matched in flattened order."""
     model = Network()
@@ -270,6 +273,7 @@ def test_nnx_and_pure_states_train_alike():
 # --- on and off --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_off_is_the_base_bit_for_bit_and_on_again_goes_on(name):
     loop, base = Loop(external(BASES[name]())), Loop(BASES[name]())
@@ -303,6 +307,7 @@ def test_off_from_the_start_never_refreshes():
     assert int(dho2_jax.metrics(state)["refreshes"]) == 0
 
 
+@pytest.mark.slow
 def test_the_state_is_float32_under_x64(tmp_path):
     """Users may enable x64; the branches of the refresh must still agree."""
     script = tmp_path / "x64.py"

@@ -106,6 +106,7 @@ def programs(tx, wheres=(None, None)):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -236,6 +237,7 @@ NESTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, specs",
     [

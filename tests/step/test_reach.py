@@ -87,6 +87,7 @@ def test_steps_of_no_length_do_not_shorten_the_next():
     assert int(dho2_jax.metrics(states[-1])["bounds"]) == 0
 
 
+@pytest.mark.slow
 def test_what_a_probe_found_may_be_gone():
     """Growth by measured curvature is no leap, with or without a loss to try it on."""
     tx = dho2_jax.dho2(optax.sgd(1e-7), num_largest=2, refresh="external")
@@ -99,6 +100,7 @@ def test_what_a_probe_found_may_be_gone():
     assert outside[30] > 3.9 * outside[29]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize("base", [optax.sgd(1e-2, momentum=0.9), optax.adam(1e-2)])
 @pytest.mark.parametrize("factor", [1e6, 1e18, 1e30])
@@ -117,6 +119,7 @@ def test_no_gradient_is_too_large(base, factor, value):
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves if leaf.ndim < 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("many", [1, 10])
 def test_gradients_that_are_not_finite_are_survived(bad, many):
@@ -136,6 +139,7 @@ def test_gradients_that_are_not_finite_are_survived(bad, many):
 # --- the part in the subspace --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [4, 3])
 @pytest.mark.parametrize("value", [False, True])
 def test_the_newton_part_is_bounded_where_the_base_has_nothing_to_do(k, value):
@@ -148,6 +152,7 @@ def test_the_newton_part_is_bounded_where_the_base_has_nothing_to_do(k, value):
     assert float(rosenbrock(x)) < 0.1 * float(rosenbrock(start))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3, 1e6])
 @pytest.mark.parametrize("base", [optax.sgd(1e-2, momentum=0.9), optax.adam(1e-2)])
 def test_a_loss_that_changes_its_scale_is_survived(base, factor):

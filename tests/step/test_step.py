@@ -164,6 +164,7 @@ def test_one_newton_step_removes_the_sharp_directions(ill_conditioned):
     np.testing.assert_allclose(measured, (KAPPA - 1) / (KAPPA + 1), rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "slowdown"),
     [
@@ -367,6 +368,7 @@ def test_damping_zero_and_tiny_eigenvalues_stay_finite():
 # bfloat16.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_rate", ["fixed", "curvature"])
 def test_bfloat16_parameters(base_rate):
     loss, params = mlp((4, 6, 3), batch=20, seed=8)
@@ -487,6 +489,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "change"),
     OPTIONS,
