@@ -1,10 +1,12 @@
 """Optax's own contract, over every base and alias, and inside every wrapper."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl.testing import parameterized
 from cases import (
     BASES,
     COMPILED,
@@ -14,7 +16,6 @@ from cases import (
     SMALL,
     WRAPPERS,
     Loop,
-    assert_same_numbers,
     assert_same_signature,
     external,
     largest_change,
@@ -82,7 +83,7 @@ def test_one_compilation(name, mode):
     loop = Loop(tx, value_fn=loss, unknown=3)
     params = parameters()
     state = tx.init(params)
-    assert_same_numbers(jax.jit(tx.init)(params), state)
+    chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
 
     trained_params, trained_state = loop.run(params, state, 2)
     if mode == "external":
@@ -199,9 +200,16 @@ def test_empty_pytree(name, mode):
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrapped_init_is_abstract_too(name):
     tx, params = wrapped(name).tx, parameters()
-    state = tx.init(params)
-    assert_same_signature(jax.eval_shape(tx.init, params), state)
-    assert_same_numbers(jax.jit(tx.init)(params), state)
+    assert_same_signature(jax.eval_shape(tx.init, params), tx.init(params))
+
+
+class WrappedInit(chex.TestCase):
+    @chex.variants(with_jit=True, with_device=True, without_device=True, with_pmap=True)
+    @parameterized.parameters(*WRAPPERS)
+    def test_wrapped_init_is_one_everywhere(self, name):
+        tx, params = wrapped(name).tx, parameters()
+        found = self.variant(tx.init)(params)
+        chex.assert_trees_all_equal(found, tx.init(params), strict=True)
 
 
 # --- tree_map_params ---------------------------------------------------------------
@@ -220,8 +228,8 @@ def test_tree_map_params_maps_the_base_alone(name, map_params):
 
     mapped = map_params(tx, add, state, *rest)
     expected = map_params(base, add, base.init(params), *rest)
-    assert_same_numbers(mapped.base_state, expected)
-    assert_same_numbers(mapped.curvature, state.curvature)
+    chex.assert_trees_all_equal(mapped.base_state, expected)
+    chex.assert_trees_all_equal(mapped.curvature, state.curvature)
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -234,12 +242,12 @@ def test_tree_map_params_makes_specs_for_the_whole_state(name):
         tx, lambda _: sharded, state, transform_non_params=lambda _: whole
     )
     spread = jax.tree.broadcast(specs, state, is_leaf=lambda x: isinstance(x, spec))
-    assert jax.tree.structure(spread) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(spread, state)
     assert set(jax.tree.leaves(spread.curvature)) == {whole}
     unchanged = optax.tree_map_params(
         tx, lambda x: x, state, transform_non_params=lambda x: x
     )
-    assert_same_numbers(unchanged, state)
+    chex.assert_trees_all_equal(unchanged, state)
 
 
 @pytest.mark.parametrize("name", ["chain", "masked", "apply_if_finite"])
@@ -247,8 +255,8 @@ def test_tree_map_params_inside_wrappers(name):
     tx, params = wrapped(name).tx, parameters()
     state = tx.init(params)
     mapped = optax.tree_map_params(tx, lambda x: x + 1, state)
-    assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    assert_same_numbers(dho2_jax.metrics(mapped), dho2_jax.metrics(state))
+    chex.assert_trees_all_equal_structs(mapped, state)
+    chex.assert_trees_all_equal(dho2_jax.metrics(mapped), dho2_jax.metrics(state))
     mu = optax.tree_utils.tree_get(mapped, "mu")
     assert all(float(jnp.min(x)) == 1 for x in jax.tree.leaves(mu))
 
@@ -348,9 +356,9 @@ def test_apply_if_finite_skips_the_whole_step():
     grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     updates, after = jax.jit(loop.tx.update)(grads, state, params)
     assert largest_change(updates, jax.tree.map(jnp.zeros_like, updates)) == 0
-    assert_same_numbers(after.inner_state, state.inner_state)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
     assert int(after.total_notfinite) == 1
-    assert bool(jnp.isfinite(loss(loop.run(params, after, 1)[0])))
+    chex.assert_tree_all_finite(loss(loop.run(params, after, 1)[0]))
 
 
 # --- rates -------------------------------------------------------------------------

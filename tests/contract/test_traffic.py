@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 import dho2_jax
 from dho2_jax.app import collectives, topology
 
+pytestmark = pytest.mark.slow
+
 LARGEST, SMALLEST, MATVECS = 5, 2, 11
 PARTS = {"b": (512,), "u": (256, 512), "v": (512, 256), "w": (256, 512)}
 NUMBERS = sum(int(np.prod(shape)) for shape in PARTS.values())

@@ -73,6 +73,7 @@ def test_products_are_those_of_the_whole_batch(curvature):
     assert_close(parts, whole, 2e-3 if curvature == "central_difference" else 1e-5)
 
 
+@pytest.mark.slow
 def test_a_refresh_and_its_probe_are_those_of_the_whole_batch():
     params, batch = problem()
     tx = dho2_jax.dho2(optax.sgd(1e-2), num_largest=2, num_matvecs=6)
@@ -144,6 +145,7 @@ def test_a_sharded_batch_stays_where_it_is(kind):
     assert not re.search(r"all-gather|all-to-all|collective-permute", text)
 
 
+@pytest.mark.slow
 def test_inside_shard_map_each_device_takes_its_own_parts():
     params, batch = problem()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

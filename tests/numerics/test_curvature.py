@@ -1,5 +1,6 @@
 """Curvature products against dense matrices."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_products_against_the_dense_hessian(hessian, name, tolerance):
     v = direction()
     product = jit(lambda p, v: build(p)(v))(PARAMS, v)
     assert error(product, hessian @ flat(v)) < tolerance
-    assert jax.tree.structure(product) == jax.tree.structure(PARAMS)
+    chex.assert_trees_all_equal_structs(product, PARAMS)
 
 
 @pytest.mark.parametrize("linearize", [True, False])
@@ -106,7 +107,7 @@ def test_bfloat16_parameters_give_float32_products(hessian, gauss_newton, name):
     value_fn = (LOSS.outputs_fn, LOSS.loss_fn) if name == "ggn" else LOSS
     v = direction()
     product = jit(lambda p, v: operators.build_matvec(name, value_fn, p)(v))(params, v)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(product))
+    chex.assert_trees_all_equal_shapes_and_dtypes(product, PARAMS)  # float32
     matrix = gauss_newton if name == "ggn" else hessian
     # bfloat16 has three digits less than float32, and a difference of gradients at a
     # step of its own size keeps little but the sign.

@@ -1,5 +1,6 @@
 """Lanczos against dense float64 eigenproblems."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,7 @@ def test_orthonormal_after_100_steps_on_hilbert_like_spectra(name):
         a, _ = symmetric(np.logspace(-8, 0, 300), seed=3)
     result = tridiagonalise(times(a), start_vector(len(a)), 100)
     rows = flat_rows(result.basis)
-    assert np.all(np.isfinite(rows))
+    chex.assert_tree_all_finite(result)
     assert orthonormality(rows) < 1e-5
     top = np.linalg.eigvalsh(a)[-3:]
     np.testing.assert_allclose(
@@ -135,10 +136,8 @@ def test_depths_one_all_and_more_than_all(m):
     a, _ = symmetric(spectrum, seed=5)
     v0 = start_vector(n)
     result = tridiagonalise(times(a), v0, m)
-    assert result.alphas.shape == (m,)
-    assert result.betas.shape == (m - 1,)
     rows = flat_rows(result.basis)
-    assert rows.shape == (m, n)
+    chex.assert_shape([result.alphas, result.betas, rows], [(m,), (m - 1,), (m, n)])
     assert np.all(rows[n:] == 0)
     assert np.all(np.asarray(result.alphas)[n:] == 0)
     assert np.all(np.asarray(result.betas)[n - 1 :] == 0)
@@ -166,8 +165,7 @@ def test_breakdown_ends_cleanly(name, rank):
     # A start in the range has the rank as its Krylov dimension; zero keeps one row.
     v0 = matvec(start_vector(n)) if name == "rank" else start_vector(n)
     result = tridiagonalise(matvec, v0, m)
-    for x in jax.tree.leaves(result):
-        assert np.all(np.isfinite(x))
+    chex.assert_tree_all_finite(result)
     rows = flat_rows(result.basis)
     found = max(rank, 1)
     assert orthonormality(rows) < 1e-5
@@ -183,8 +181,7 @@ def test_breakdown_ends_cleanly(name, rank):
 
 def test_zero_start_vector_gives_zeros():
     result = tridiagonalise(lambda v: 2.0 * v, jnp.zeros(6), 3)
-    for x in jax.tree.leaves(result):
-        assert np.all(np.asarray(x) == 0)
+    chex.assert_trees_all_equal(result, jax.tree.map(jnp.zeros_like, result))
 
 
 def test_recurrence_defect_tells_a_fixed_operator_from_a_changing_one():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base rate set by curvature, against a NumPy re-statement and on real losses."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +166,7 @@ def train(tx, loss, x, steps, refresh_every=None):
     return x, state, np.array(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-6, 1e-3, 1.0, 100.0])
 def test_any_initial_rate_ends_near_the_best(rate):
     # The rest, after eight sharp directions are gone, has eigenvalues in [0.1, 1].
@@ -174,7 +176,7 @@ def test_any_initial_rate_ends_near_the_best(rate):
         optax.sgd(rate), num_largest=8, num_matvecs=24, base_rate="curvature"
     )
     _, state, values = train(tx, loss, jnp.ones(40), 150)
-    assert np.all(np.isfinite(values))
+    chex.assert_tree_all_finite(values)
     assert values.max() <= 1.01 * values[0]
     assert values[-1] < 1e-3 * values[0]
     applied = rate * float(dho2_jax.metrics(state)["base_scaling"])
@@ -204,6 +206,7 @@ BASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_four_decades_of_initial_rates_do_not_diverge(base):
     loss, params = mlp_problem()
@@ -214,7 +217,7 @@ def test_four_decades_of_initial_rates_do_not_diverge(base):
             BASES[base](rate), num_largest=8, refresh_period=50, base_rate="curvature"
         )
         _, _, values = train(tx, loss, params, 150)
-        assert np.all(np.isfinite(values))
+        chex.assert_tree_all_finite(values)
         finals.append(values[-1])
         # It was 40 times as much when s still doubled after a cut.
         assert values[20:].max() < 3 * values[20]
@@ -232,7 +235,7 @@ def test_the_rule_rests_without_a_subspace():
         grads = jax.grad(loss)(params)
         updates, state = tx.update(grads, state, params, value_fn=loss)
         expected, base_state = base.update(grads, base_state, params)
-        jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        chex.assert_trees_all_equal(updates, expected)
         params = optax.apply_updates(params, updates)
     assert int(state.curvature.rate.steps) == 0
 
@@ -339,7 +342,7 @@ def test_a_slope_that_no_longer_rises_is_not_cut_again():
 def test_a_direction_of_no_length_tells_nothing():
     rate = observed(ahead=0.0, slope=-1.0)._replace(length=jnp.float32(0.0))
     after = rates.observe(rate, jnp.float32(1e6))
-    jax.tree.map(np.testing.assert_array_equal, after, rate)
+    chex.assert_trees_all_equal(after, rate)
 
 
 def test_momentum_that_points_uphill_early_is_not_cut():

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +134,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_landed_at_once_it_is_a_refresh(split):
     shape, axes, other, kind, specs, far_specs = SPLITS[split]
@@ -162,6 +164,7 @@ def test_landed_at_once_it_is_a_refresh(split):
     np.testing.assert_allclose(anchor.norm, other.norm, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_gauss_newton_inside_other_transformations():
     """And the batch on its mesh already, and a mask."""
 
@@ -265,6 +268,7 @@ def test_it_is_of_the_parameters_at_launch():
     np.testing.assert_allclose(seen["drift"], path / norm, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_round_compiles_nothing_and_bad_curvature_is_rejected():
     loop = Loop(mesh_of((6,), 0), mesh_of((2,), 6))
     for _ in range(2):
@@ -288,12 +292,13 @@ def test_a_second_round_compiles_nothing_and_bad_curvature_is_rejected():
     seen = dho2_jax.metrics(loop.state)
     assert seen["refreshes"] == 3 and seen["rejected"] == 1
     assert loop.state.curvature.anchor.count == anchor
-    jax.tree.map(np.testing.assert_array_equal, dho2_jax.subspace(loop.state), kept)
+    chex.assert_trees_all_equal(dho2_jax.subspace(loop.state), kept)
     loop.train(1)
     loop.land(loop.launch())
     assert dho2_jax.metrics(loop.state)["refreshes"] == 4
 
 
+@pytest.mark.slow
 def test_training_steps_run_while_the_curvature_program_waits():
     """Its batch is still being computed, on its own device, when they are done."""
     near, far = mesh_of((4,), 0), mesh_of((1,), 7)
@@ -320,6 +325,7 @@ def test_training_steps_run_while_the_curvature_program_waits():
     assert seen["refreshes"] == 2 and seen["age"] == 3
 
 
+@pytest.mark.slow
 def test_it_probes_the_rate_when_update_could_not():
     """As `refresh` does: after twenty slopes without a probe."""
     loop = Loop(mesh_of((4,), 0), mesh_of((2,), 4))

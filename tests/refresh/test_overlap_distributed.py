@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from helpers import free_port, surroundings
 
+pytestmark = pytest.mark.slow
+
 WORKER = pathlib.Path(__file__).parents[1] / "overlap_worker.py"
 PATIENCE = 200  # for what takes seconds on an idle machine
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +130,7 @@ def assert_means(found, of_groups, used):
     assert len(used) == len(each) or any(noticed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_who_computes_what_and_what_comes_of_it(layout):
     """One test a layout, so that parallel processes do not compile a program twice."""
@@ -297,6 +299,7 @@ def assert_swept(state, params, batch, value_fn, tolerance=(2e-6, 1e-3), **optio
     assert_same_subspace(state, expected, tolerance)
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_are_means_too():
     seen, _, state = loop(with_outputs, 8, BATCH, has_aux=True)
     aux = seen[1][1][1]
@@ -304,7 +307,7 @@ def test_auxiliary_outputs_are_means_too():
     assert aux["half"].dtype.name == "bfloat16" and aux["none"] is None
     for one in seen:  # bfloat16 has its own rounding
         aux = one[1][1]
-        assert aux["half"].shape == (2,)
+        chex.assert_shape(aux["half"], (2,))
     parts = parts_of(BATCH, 4, ROWS)
 
     def drop(found):
@@ -321,6 +324,7 @@ def test_auxiliary_outputs_are_means_too():
     assert_swept(state, seen[0][0], BATCH, lambda p: network(p, BATCH))
 
 
+@pytest.mark.slow
 def test_gauss_newton_takes_a_pair():
     pair = outputs_fn, output_loss
     seen, _, state = loop(pair, 8, BATCH, curvature="ggn")
@@ -329,6 +333,7 @@ def test_gauss_newton_takes_a_pair():
     assert_swept(state, seen[0][0], BATCH, halves, curvature="ggn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", [True, False])
 def test_a_new_dropout_key_in_every_step(typed):
     make = jax.random.key if typed else jax.random.PRNGKey
@@ -344,6 +349,7 @@ def test_a_new_dropout_key_in_every_step(typed):
     assert float(counters.recurrence_defect) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_batch_along_another_dimension():
     rng = np.random.default_rng(2)
     table = rng.standard_normal(4).astype("float32")
@@ -365,18 +371,19 @@ def test_explicit_axes_and_a_batch_that_lies_nowhere_yet():
     value, grads, _ = svag(params, BATCH, BATCH, tx.init(params))
     expected, slopes = jax.value_and_grad(network)(params, BATCH)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(slopes), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)
+    chex.assert_trees_all_close(grads, slopes, rtol=1e-7, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16():
     seen, params, state = loop(network, 8, BATCH, dtype="bfloat16")
-    for x in jax.tree.leaves((seen[1][2], params)):
-        assert x.dtype == jnp.bfloat16
+    half = cases.parameters("bfloat16")
+    chex.assert_trees_all_equal_shapes_and_dtypes(seen[1][2], params, half)
     assert seen[1][1].dtype == jnp.float32
     assert_swept(state, seen[0][0], BATCH, lambda p: network(p, BATCH), (0.03, 0.2))
 
 
+@pytest.mark.slow
 def test_within_other_transformations():
     def wrap(tx):
         masked = optax.masked(tx, {"w": True, "b": True, "head": False})
@@ -417,7 +424,7 @@ def test_a_product_of_another_step_is_ignored():
         params, state = update(grads, state, params, product)
         index.append(int(state.curvature.sweep.lanczos.index))
     assert index == [-1, 0, 1, 1, 1, 1, 2, 3, 4, 5, 5, 5]
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state)))
+    chex.assert_tree_all_finite((params, state))
     assert_swept(state, start, BATCH, lambda p: network(p, BATCH))
 
 

@@ -24,6 +24,8 @@ from test_stagger import LEAVES, OPTIONS, TALL_AND_WIDE
 import dho2_jax
 from dho2_jax.app import collectives, topology
 
+pytestmark = pytest.mark.slow
+
 TOPOLOGIES = ("cpu:8", "v5e:4x4", "v5e:16x16")
 SIDES = {8: 2, 16: 4, 256: 16}  # of the second axis, by the number of devices
 NUMBERS = sum(x.size for x in parameters(LEAVES).values())

@@ -7,12 +7,13 @@ own oracles are dense (`test_refresh`, `test_subspace`).
 import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FAST, assert_same_numbers, assert_same_signature
+from cases import FAST, assert_same_signature
 from helpers import dense_hessian, extreme, flat_rows, jit, up_to_sign
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -115,6 +116,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -167,6 +169,7 @@ def _injected(base, **options):
     return make(base, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nest", ["chain", "masked"])
 def test_within_other_transformations(nest):
     if nest == "chain":
@@ -242,14 +245,14 @@ def assert_rejected_once(program, params, state, before):
     """The sweep of step 12 was, and the old subspace is in use; not so the next."""
     counters = state.curvature.counters
     assert (int(counters.refreshes), int(counters.rejected)) == (1, 1)
-    assert_same_numbers(state.curvature.subspace, before.curvature.subspace)
+    chex.assert_trees_all_equal(state.curvature.subspace, before.curvature.subspace)
     assert int(dho2_jax.metrics(state)["age"]) == 23
     params, state = program.run(params, state, 12)
     counters = state.curvature.counters
     assert (int(counters.refreshes), int(counters.rejected)) == (2, 1)
     assert int(dho2_jax.metrics(state)["age"]) == 11
     assert float(counters.recurrence_defect) < 1e-5
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, state)))
+    chex.assert_tree_all_finite((params, state))
 
 
 def test_another_batch_in_mid_sweep_is_noticed():
@@ -267,6 +270,7 @@ def test_a_product_that_is_not_finite_spoils_one_sweep():
     assert_rejected_once(program, params, state, before)
 
 
+@pytest.mark.slow
 def test_a_step_that_apply_if_finite_drops_is_made_again():
     program = Disturbed(lambda tx: optax.apply_if_finite(tx, 5))
     calm = program.run(*program.start(), 9)
@@ -274,8 +278,8 @@ def test_a_step_that_apply_if_finite_drops_is_made_again():
     params, state = program.run(params, state, 2, product=np.nan, gradient=np.nan)
     assert int(state.total_notfinite) == 2
     params, state = program.run(params, state, 5)
-    assert_same_numbers(params, calm[0])
-    assert_same_numbers(state.inner_state, calm[1].inner_state)
+    chex.assert_trees_all_equal(params, calm[0])
+    chex.assert_trees_all_equal(state.inner_state, calm[1].inner_state)
     assert int(dho2_jax.metrics(state)["refreshes"]) == 1
 
 
@@ -288,8 +292,8 @@ def test_switched_off_a_sweep_waits():
     state = dho2_jax.set_enabled(state, False)
     params, state = program.run(params, state, 2, which=2)
     assert int(state.curvature.sweep.lanczos.index) == index
-    assert_same_numbers(state.curvature.sweep.lanczos, anchor.lanczos)
-    assert_same_numbers(state.curvature.sweep.anchor, anchor.anchor)
+    chex.assert_trees_all_equal(state.curvature.sweep.lanczos, anchor.lanczos)
+    chex.assert_trees_all_equal(state.curvature.sweep.anchor, anchor.anchor)
     state = dho2_jax.set_enabled(state, True)
     params, state = program.run(params, state, 7)
     assert (state.curvature.counters.refreshes, expected.counters.refreshes) == (2, 2)
@@ -302,6 +306,7 @@ def test_switched_off_a_sweep_waits():
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_that_waited_too_long_is_given_up():
     program, params, before = disturbed()
     params, state = program.run(params, dho2_jax.set_enabled(before, False), 6)
@@ -354,6 +359,7 @@ def trained(layout=None):
     return trainer(layout).run(STEPS)
 
 
+@pytest.mark.slow
 def test_three_sweeps_on_one_device():
     program = trainer()
     params, state, points = None, None, [program.params]
@@ -374,6 +380,7 @@ def test_three_sweeps_on_one_device():
     assert trained().losses[-1] < 0.1 * trained().losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["8", "fsdp", "explicit"])
 def test_forty_steps_agree_with_one_device(layout):
     run = trained(layout)
@@ -402,6 +409,7 @@ def assert_where_state_shardings_says(program, trained):
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+@pytest.mark.slow
 def test_the_state_can_be_donated():
     program = trainer("8")
     step = jax.jit(program._step, donate_argnums=(0, 1), compiler_options=FAST)
@@ -414,8 +422,8 @@ def test_the_state_can_be_donated():
         large = [x for x in jax.tree.leaves(held) if x.size > 128]
         assert len(large) > 9 and all(x.is_deleted() for x in large)
     expected = program.run(15)
-    assert_same_numbers(params, expected.params)
-    assert_same_numbers(state, expected.state)
+    chex.assert_trees_all_equal(params, expected.params)
+    chex.assert_trees_all_equal(state, expected.state)
 
 
 def on_axis():
@@ -423,6 +431,7 @@ def on_axis():
     return dho2_jax.dho2(problem.base(), axis_name="d", **OPTIONS | problem.options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_trains_as_one_device(check_vma):
     tx, mesh = on_axis(), make_mesh(LAYOUTS["8"])
@@ -447,6 +456,7 @@ def test_shard_map_trains_as_one_device(check_vma):
     assert_same_subspace(state, trained().state, (1e-5, 3e-3))
 
 
+@pytest.mark.slow
 def test_pmap_trains_as_one_device():
     tx, steps = on_axis(), 22
     start = parameters(PROBLEMS["staggered"].leaves)
@@ -496,6 +506,7 @@ def restored(program, path):
         return checkpointer.restore(path, abstract(program))
 
 
+@pytest.mark.slow
 def test_a_run_cut_in_mid_sweep_goes_on_bit_for_bit(tmp_path):
     first, second = trainer(), Trainer("staggered")  # as after a restart
     met = set()
@@ -504,12 +515,13 @@ def test_a_run_cut_in_mid_sweep_goes_on_bit_for_bit(tmp_path):
         met.add(int(run.state.curvature.sweep.lanczos.index))
         saved(run, tmp_path / str(cut))
         rest = second.run(STEPS - cut, *restored(second, tmp_path / str(cut)))
-        assert_same_numbers(rest.params, trained().params)
-        assert_same_numbers(rest.state, trained().state)
+        chex.assert_trees_all_equal(rest.params, trained().params)
+        chex.assert_trees_all_equal(rest.state, trained().state)
         np.testing.assert_array_equal(rest.losses, trained().losses[cut:])
     assert {-1, 6, 7} < met and len(met) > 4  # before, in, after and between sweeps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [None, "4"])
 def test_a_sweep_may_be_finished_on_another_number_of_devices(layout, tmp_path):
     run = trainer("8").run(15)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ from cases import (
     EACH_WRAPPER,
     SMALL,
     Loop,
-    assert_same_numbers,
     assert_same_signature,
     external,
     largest_change,
@@ -40,12 +40,12 @@ def test_subspace_and_metrics_need_only_the_state(name):
     ]
     rows = np.concatenate(rows, axis=1)
     masked = name in ("masked", "prefix_masked", "partition", "deep")
-    assert rows.shape == (2, 15 if masked else 23)
+    chex.assert_shape(rows, (2, 15 if masked else 23))
     np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-5)
     assert bool(jnp.all(found.valid)) and bool(jnp.all(jnp.diff(found.eigenvalues) > 0))
 
     numbers = dho2_jax.metrics(state)
-    assert all(jnp.shape(x) == () for x in numbers.values())
+    chex.assert_shape(list(numbers.values()), ())
     assert int(numbers["refreshes"]) == 1 and int(numbers["enabled"]) == 1
     assert float(numbers["sharpness"]) == float(found.eigenvalues[-1])
     for key, value in jax.jit(dho2_jax.metrics)(state).items():
@@ -60,9 +60,9 @@ def test_set_enabled_changes_nothing_else(name):
     assert int(dho2_jax.metrics(off)["enabled"]) == 0
     assert int(dho2_jax.metrics(off)["num_active"]) == 0
     assert int(dho2_jax.metrics(off)["num_valid"]) == 2
-    assert_same_numbers(dho2_jax.set_enabled(off, True), state)
+    chex.assert_trees_all_equal(dho2_jax.set_enabled(off, True), state)
     traced = jax.jit(dho2_jax.set_enabled)(state, jnp.asarray(False))
-    assert_same_numbers(traced, off)
+    chex.assert_trees_all_equal(traced, off)
     emits = 2 if name == "multi_steps" else 1
     on_params, _ = loop.run(params, state, emits)
     off_params, _ = loop.run(params, off, emits)
@@ -107,8 +107,8 @@ def test_leaves_in_an_npz_restore_into_a_target(name, tmp_path):
     restored = jax.tree.unflatten(jax.tree.structure(target), leaves)
 
     assert_same_signature(restored, state)
-    assert_same_numbers(dho2_jax.metrics(restored), dho2_jax.metrics(state))
-    assert_same_numbers(
+    chex.assert_trees_all_equal(dho2_jax.metrics(restored), dho2_jax.metrics(state))
+    chex.assert_trees_all_equal(
         continued(loop, params, restored), continued(loop, params, state)
     )
     assert loop.traces == 1 and loop.renewals == 1
@@ -127,7 +127,7 @@ def test_orbax_restores_into_an_abstract_target(name, tmp_path):
         restored = manager.restore(3, args=ocp.args.StandardRestore(target))
 
     assert_same_signature(restored, state)
-    assert_same_numbers(
+    chex.assert_trees_all_equal(
         continued(loop, params, restored), continued(loop, params, state)
     )
     assert loop.traces == 1 and loop.renewals == 1
@@ -198,7 +198,7 @@ def test_nnx_optimizer_refreshes_from_its_boxed_state():
     step(model, optimizer)
     renew(model, optimizer)
     assert boxes(optimizer.opt_state) == boxes(before)
-    assert jax.tree.structure(optimizer.opt_state) == jax.tree.structure(before)
+    chex.assert_trees_all_equal_structs(optimizer.opt_state, before)
     for _ in range(4):
         last = step(model, optimizer)
 
@@ -209,7 +209,7 @@ def test_nnx_optimizer_refreshes_from_its_boxed_state():
     assert len(traces) == 1
     eigenvectors = dho2_jax.subspace(optimizer.opt_state).eigenvectors
     kernel = jax.tree.leaves(eigenvectors["inner"]["kernel"])[0]
-    assert kernel.shape == (2, 4, 3)
+    chex.assert_shape(kernel, (2, 4, 3))
 
     optimizer.opt_state = dho2_jax.set_enabled(optimizer.opt_state, False)
     step(model, optimizer)
@@ -284,8 +284,8 @@ def test_off_is_the_base_bit_for_bit_and_on_again_goes_on(name):
     off = dho2_jax.set_enabled(state, False)
     alone, alone_state = base.run(params, off.base_state, 3)
     plain, off = loop.run(params, off, 3)
-    assert_same_numbers(plain, alone)
-    assert_same_numbers(off.base_state, alone_state)
+    chex.assert_trees_all_equal(plain, alone)
+    chex.assert_trees_all_equal(off.base_state, alone_state)
 
     again = dho2_jax.set_enabled(off, True)
     resumed, again = loop.run(plain, again, 1)
@@ -303,7 +303,7 @@ def test_off_from_the_start_never_refreshes():
     state = dho2_jax.set_enabled(tx.init(params), False)
     plain, state = loop.run(params, state, 3)
     alone, _ = base.run(params, BASES["adam"]().init(params), 3)
-    assert_same_numbers(plain, alone)
+    chex.assert_trees_all_equal(plain, alone)
     assert int(dho2_jax.metrics(state)["refreshes"]) == 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def context(mesh):
 
 def assert_lies(state, shardings):
     """Each array where it was announced to be."""
-    assert jax.tree.structure(state) == jax.tree.structure(shardings)
+    chex.assert_trees_all_equal_structs(state, shardings)
     paths = jax.tree_util.tree_leaves_with_path(state)
     for (path, x), sharding in zip(paths, jax.tree.leaves(shardings), strict=True):
         where = jax.tree_util.keystr(path)
@@ -84,7 +85,7 @@ def assert_lies(state, shardings):
 
 def assert_same_specs(specs, shardings):
     """Apart from trailing Nones, which Explicit axes have and Auto axes have not."""
-    assert jax.tree.structure(specs) == jax.tree.structure(shardings)
+    chex.assert_trees_all_equal_structs(specs, shardings)
     pairs = zip(jax.tree.leaves(specs), jax.tree.leaves(shardings), strict=True)
     for spec, sharding in pairs:
         assert sharding.is_equivalent_to(NamedSharding(sharding.mesh, spec), 5)
@@ -259,9 +260,7 @@ def test_shardings_of_nests(name, specs):
     tx = NESTS[name](make)
     params = place(parameters(), mesh, own)
     shardings = dho2_jax.state_shardings(tx, params)
-    assert jax.tree.structure(shardings) == jax.tree.structure(
-        jax.eval_shape(tx.init, params)
-    )
+    chex.assert_trees_all_equal_structs(shardings, jax.eval_shape(tx.init, params))
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     assert_lies(state, shardings)
     wheres = (None, None)

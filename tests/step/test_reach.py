@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """No step goes much farther than the last ones proved safe; each guard by itself."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,12 +112,12 @@ def test_no_gradient_is_too_large(base, factor, value):
     tx = dho2_jax.dho2(base, num_largest=2, refresh="external")
     start = jnp.ones(16)
     x, lengths, states = run(tx, quadratic, start, 60, value=value, change=huge)
-    assert np.all(np.isfinite(lengths))
+    chex.assert_tree_all_finite(lengths)
     limit = 4.001 if value else 1.2001
     assert lengths[20] <= np.sqrt(2) * limit * lengths[:20].max()
     assert float(quadratic(x)) < float(quadratic(start))
     leaves = jax.tree.leaves(states[-1].curvature)
-    assert all(np.all(np.isfinite(leaf)) for leaf in leaves if leaf.ndim < 2)
+    chex.assert_tree_all_finite([leaf for leaf in leaves if leaf.ndim < 2])
 
 
 @pytest.mark.slow
@@ -131,7 +132,7 @@ def test_gradients_that_are_not_finite_are_survived(bad, many):
     base = optax.apply_if_finite(optax.adam(1e-2), 20)
     tx = dho2_jax.dho2(base, num_largest=2, refresh="external")
     x, lengths, states = run(tx, quadratic, jnp.ones(16), 120, change=broken)
-    assert np.all(np.isfinite(lengths))
+    chex.assert_tree_all_finite(lengths)
     assert float(quadratic(x)) < 0.2 * float(quadratic(jnp.ones(16)))
     assert int(rate_of(states[-1]).cuts) <= 1
 
@@ -148,7 +149,8 @@ def test_the_newton_part_is_bounded_where_the_base_has_nothing_to_do(k, value):
     start = jnp.array([-1.2, 1.0, -1.2, 1.0])
     every = range(0, 200, 10)
     x, lengths, _ = run(tx, rosenbrock, start, 200, value=value, refresh_at=every)
-    assert np.all(np.isfinite(lengths)) and lengths.max() < 1.0
+    chex.assert_tree_all_finite(lengths)
+    assert lengths.max() < 1.0
     assert float(rosenbrock(x)) < 0.1 * float(rosenbrock(start))
 
 

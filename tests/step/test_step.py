@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,8 +311,7 @@ def test_degenerate_hessians(degenerate_step, name):
     loss, params, valid = DEGENERATE[name], START, FOUND[name]
     updates, state, grads = step(list(DEGENERATE).index(name), params)
     metrics, space = dho2_jax.metrics(state), dho2_jax.subspace(state)
-    for x in jax.tree.leaves((updates, state)):
-        assert np.all(np.isfinite(x))
+    chex.assert_tree_all_finite((updates, state))
     np.testing.assert_array_equal(space.valid, valid)
     assert metrics["num_valid"] == sum(valid)
     rows = np.float64(space.eigenvectors)
@@ -362,7 +362,7 @@ def test_damping_zero_and_tiny_eigenvalues_stay_finite():
     updates, _ = jit(tx.update)(
         jnp.asarray(a @ np.ones(20), jnp.float32), state, params
     )
-    assert np.all(np.isfinite(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 # bfloat16.
@@ -390,8 +390,7 @@ def test_bfloat16_parameters(base_rate):
     first, state = loss(half), tx.init(half)
     for i in range(5):
         updates, half, state = step(half, state)
-        for x in jax.tree.leaves((updates, half)):
-            assert x.dtype == jnp.bfloat16
+        chex.assert_type(jax.tree.leaves((updates, half)), jnp.bfloat16)
         if i == 0:
             # bfloat16 keeps 2 to 3 digits of each product.
             values, _ = extreme(dense_hessian(loss, params), 2, 0)
@@ -506,7 +505,7 @@ def test_each_option_changes_the_result(mode, change):
         changed, metrics = after({"base_rate": mode}, {name: value})
     else:
         changed, metrics = after({"base_rate": mode, **change})
-    assert np.all(np.isfinite(changed))
+    chex.assert_tree_all_finite(changed)
     assert metrics["rejected"] == 0
     # Far above the rounding of nine float32 steps on numbers near 1.
     assert np.max(np.abs(changed - plain)) > 1e-4

@@ -1,5 +1,6 @@
 """`curvature_mask`: some parameters take part in the curvature, others do not."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,8 +122,7 @@ def test_each_part_is_trained_as_if_the_other_were_given():
     others = alone.init(params["net"]), base.init(params["embed"])
     for _ in range(10):
         params, state, *others, updates, expected = both(params, state, *others)
-        for a, b in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
+        chex.assert_trees_all_close(updates, expected, rtol=2e-4, atol=1e-7)
     assert int(dho2_jax.metrics(state)["refreshes"]) == 3
 
 
@@ -160,11 +160,11 @@ def test_masks_of_several_forms():
         dho2_jax.dho2(optax.adam(1e-2), curvature_mask=mask, **SETTINGS).init(params)
         for mask in masks
     ]
-    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
-    assert jax.tree.structure(states[0]) == jax.tree.structure(states[2])
+    chex.assert_trees_all_equal_structs(states[0], states[1])
+    chex.assert_trees_all_equal_structs(states[0], states[2])
     whole = dho2_jax.dho2(optax.adam(1e-2), **SETTINGS).init(params)
     everything = dho2_jax.dho2(optax.adam(1e-2), curvature_mask=True, **SETTINGS)
-    assert jax.tree.structure(everything.init(params)) == jax.tree.structure(whole)
+    chex.assert_trees_all_equal_structs(everything.init(params), whole)
 
 
 def test_what_takes_no_part_may_be_of_any_dtype():
@@ -220,9 +220,10 @@ def test_inside_other_masks_and_injected():
     assert int(dho2_jax.metrics(state)["num_valid"]) == 3
     np.testing.assert_array_equal(updates["frozen"], 1.0)  # masked: passed through
     counted = optax.tree_map_params(tx, lambda x: x + 1, state)
-    assert jax.tree.structure(counted) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(counted, state)
 
 
+@pytest.mark.slow
 def test_nnx_boxes():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     tx = dho2_jax.dho2(
@@ -259,6 +260,7 @@ SPECS = {"embed": P("data"), "net": {"w": P(None, "data"), "v": P()}}
 WHOLE = {"embed": P(None, None), "net": {"w": P(None, None), "v": P(None)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "specs"),
     [
@@ -291,7 +293,7 @@ def test_on_a_mesh_as_on_one_device(kind, specs):
     params = put(params, specs)
     state = tx.init(params)
     shardings = dho2_jax.state_shardings(tx, params)
-    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(shardings, state)
     again = jax.jit(tx.init, out_shardings=shardings)(params)
     for one in (state, again):
         assert_lies(one, shardings)
@@ -307,6 +309,7 @@ def test_on_a_mesh_as_on_one_device(kind, specs):
     assert_lies(state, shardings)
 
 
+@pytest.mark.slow
 def test_overlapped():
     """On two devices that do not train, from what takes part alone."""
     params, batch = make_params(), make_batch()
@@ -334,6 +337,7 @@ def test_overlapped():
     assert found.valid.all() and not jax.tree.leaves(found.eigenvectors["embed"])
 
 
+@pytest.mark.slow
 def test_staggered_across_an_axis():
     params, batch = make_params(), make_batch()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -365,6 +369,7 @@ def test_staggered_across_an_axis():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_of_one_function_while_the_rest_is_trained():
     params, batch = make_params(), make_batch()
     settings = {"num_largest": 3, "num_matvecs": 4, "curvature_mask": MASK}
@@ -379,6 +384,7 @@ def test_a_sweep_is_of_one_function_while_the_rest_is_trained():
     np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_inside_the_callers_own_shard_map():
     """With the base's state in slices too; the rest of it is whole on each device."""
     params, batch = make_params(), make_batch()

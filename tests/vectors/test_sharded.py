@@ -58,6 +58,7 @@ def trained(layout):
     return trainer(layout).run(50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["1", "2", "4", "8"])
 def test_fifty_steps_agree_with_one_device(layout):
     run = trained(layout)
@@ -69,6 +70,7 @@ def test_fifty_steps_agree_with_one_device(layout):
     assert trainer(layout).step._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, problem",
     [
@@ -139,6 +141,7 @@ def saved(tmp_path_factory):
     return path, trainer("8").run(12, run.params, run.state).losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [None, "1", "4", "8"])
 def test_one_saved_state_continues_on_any_number_of_devices(layout, saved):
     ocp = pytest.importorskip("orbax.checkpoint")
@@ -170,6 +173,7 @@ def copies_of(x):
     return list(copies.values())
 
 
+@pytest.mark.slow
 def test_replicas_are_bit_identical_after_a_hundred_steps():
     first = trained("8")
     run = trainer("8").run(50, first.params, first.state)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,9 +140,10 @@ def test_leaves_of_one_shape_are_one_array():
 
 
 def assert_same(tree, other):
-    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        np.testing.assert_array_equal(np.float64(a), np.float64(b))
+    """Leaf for leaf, in whatever they lie."""
+    leaves = jax.tree.leaves(tree), jax.tree.leaves(other)
+    chex.assert_trees_all_equal_shapes_and_dtypes(*leaves)
+    chex.assert_trees_all_equal(*leaves)
 
 
 @pytest.mark.parametrize("mesh", [None, *MESHES])
@@ -279,7 +281,8 @@ def test_new_zeros_are_made_where_they_belong():
         for x, shape, spec in zip(
             zeros.leaves, layout.stored, layout.placement.slice_specs, strict=True
         ):
-            assert x.shape == (3, *shape) and not np.any(x)
+            chex.assert_shape(x, (3, *shape))
+            assert not np.any(x)
             assert x.sharding.is_equivalent_to(
                 NamedSharding(mesh, sharding.with_rows(spec, 1)), x.ndim
             )
