@@ -88,6 +88,7 @@ def donated():
     return compiled_step(donate=True)
 
 
+@pytest.mark.slow
 def test_the_refresh_is_the_second_branch(donated):
     """XLA elides the copies of branch 0 only."""
     found = computations(donated[0].as_text())
@@ -97,6 +98,7 @@ def test_the_refresh_is_the_second_branch(donated):
     assert any("while(" in line for n in called_from(found, taken) for line in found[n])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base_rate, donate", [("curvature", True), ("curvature", False), ("fixed", True)]
 )
@@ -111,6 +113,7 @@ def test_an_untaken_refresh_copies_no_basis(base_rate, donate, donated):
     assert len(copies) == (0 if donate else 1)  # without donation, the result itself
 
 
+@pytest.mark.slow
 def test_donated_state_aliases(donated):
     compiled, arguments = donated
     size = sum(x.nbytes for x in jax.tree.leaves(arguments))

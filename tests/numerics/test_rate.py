@@ -226,6 +226,7 @@ def test_four_decades_of_initial_rates_do_not_diverge(base):
         assert max(finals) < 1.5 * min(finals)  # the search for the rate included
 
 
+@pytest.mark.slow
 def test_the_rule_rests_without_a_subspace():
     loss, params = mlp_problem()
     base = optax.adam(1e-2)
@@ -260,6 +261,7 @@ def test_external_refresh_probes_when_update_cannot():
     assert scales[120] != scales[90] != scales[60]
 
 
+@pytest.mark.slow
 def test_the_cap_holds_and_may_be_a_schedule():
     loss, params = mlp_problem()
 
@@ -275,6 +277,7 @@ def test_the_cap_holds_and_may_be_a_schedule():
     assert run(None) > 7.0
 
 
+@pytest.mark.slow
 def test_a_schedule_multiplies_the_rule():
     loss, params = mlp_problem()
     steps = 200
@@ -379,6 +382,7 @@ def test_a_base_that_stands_still_leaves_the_newton_step():
     np.testing.assert_allclose(x[14:], 0.0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_bad_gradient_is_forgotten():
     tx = dho2_jax.dho2(optax.sgd(1e-2), num_largest=2, refresh="external")
     x = jnp.ones(16)
@@ -390,6 +394,7 @@ def test_one_bad_gradient_is_forgotten():
     assert float(quadratic_16(x)) < 0.05 * float(quadratic_16(jnp.ones(16)))
 
 
+@pytest.mark.slow
 def test_float16_probes_do_not_underflow():
     def bend(dtype):
         tx = dho2_jax.dho2(

@@ -232,6 +232,7 @@ def compilations():
         logger.removeHandler(listener)
 
 
+@pytest.mark.slow
 def test_it_is_of_the_parameters_at_launch():
     loop = Loop(mesh_of((6,), 0), mesh_of((2,), 6))
     loop.land(loop.launch())
