@@ -123,6 +123,7 @@ def test_eager_steps_keep_the_signature(name):
     assert_same_signature(updates, params)
 
 
+@pytest.mark.slow
 def test_an_eager_refresh_keeps_the_signature():
     tx, params = external(), parameters()
     state = tx.init(params)

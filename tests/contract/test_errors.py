@@ -384,6 +384,7 @@ def test_a_wrong_call_gives_one_clear_sentence(case):
     assert_one_sentence(caught.value, split_words(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["reverse_over_reverse", "central_difference"])
 def test_what_the_custom_vjp_sentence_names_works(curvature):
     tx = make(refresh="external", curvature=curvature)

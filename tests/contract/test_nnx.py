@@ -210,6 +210,7 @@ def test_periodic_refreshes_compile_once_and_move_no_statistics():
     assert loss_fn(without_dropout(model), data) < start
 
 
+@pytest.mark.slow
 def test_refresh_in_place_compiles_once():
     (model, optimizer), data = make(), batch()
     step = stepper(without_dropout)

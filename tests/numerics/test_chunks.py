@@ -98,6 +98,7 @@ def test_a_refresh_and_its_probe_are_those_of_the_whole_batch():
         np.testing.assert_allclose(seen4[name], seen[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_temporaries_fall_with_the_number_of_parts(curvature):
     """What one linearisation keeps for all products of a refresh, included."""

@@ -133,6 +133,7 @@ def test_ggn_through_a_refresh(gauss_newton):
     assert up_to_sign(flat_rows(found.eigenvectors)[-1:], rows[-1:]) < 1e-3
 
 
+@pytest.mark.slow
 def test_other_operators_through_a_refresh(hessian):
     values, _ = extreme(hessian, 3, 0)
     found = pairs("reverse_over_reverse", LOSS)

@@ -241,6 +241,7 @@ def test_the_rule_rests_without_a_subspace():
     assert int(state.curvature.rate.steps) == 0
 
 
+@pytest.mark.slow
 def test_external_refresh_probes_when_update_cannot():
     loss, params = mlp_problem()
     tx = dho2_jax.dho2(
@@ -362,6 +363,7 @@ def quadratic_16(x):
     return 0.5 * jnp.sum(jnp.linspace(1, 50, 16) * x**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base", [optax.sgd(1e-3), optax.adam(1e-3)], ids=["sgd", "adam"]
 )
@@ -375,6 +377,7 @@ def test_steps_that_go_nowhere_teach_nothing(base):
     assert np.isfinite(float(dho2_jax.metrics(state)["base_scaling"]))
 
 
+@pytest.mark.slow
 def test_a_base_that_stands_still_leaves_the_newton_step():
     tx = dho2_jax.dho2(optax.sgd(0.0), num_largest=2, num_matvecs=16)
     x, _, _ = train(tx, quadratic_16, jnp.ones(16), 200)

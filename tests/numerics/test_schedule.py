@@ -140,6 +140,7 @@ def followed(name):
     return follow(STEPS, which, **plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_sweeps_begin_when_the_host_thinks_and_all_are_used(name):
     plan, seen = PLANS[name], followed(name)
@@ -202,6 +203,7 @@ def test_drift_and_age(name):
     assert seen["drift"][used].max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound, early", [(0.15, (30,)), (1e-6, ()), (9.0, ())])
 def test_a_drift_beyond_the_bound_begins_a_sweep(bound, early):
     m, period, warmup, steps = 4, 45, 6, 100

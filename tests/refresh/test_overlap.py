@@ -408,6 +408,7 @@ def test_mistakes():
     refused("`batch_spec` must divide each dimension", batch_spec=P(None, "d"))
 
 
+@pytest.mark.slow
 def test_what_lands_must_have_been_launched_with_this_state():
     loop = Loop(mesh_of((2,), 0), mesh_of((1,), 7), ("scalar", "tall"))
     other = Loop(mesh_of((2,), 2), mesh_of((1,), 7), ("scalar", "tall"))

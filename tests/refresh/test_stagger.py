@@ -399,6 +399,7 @@ def test_within_other_transformations():
     assert_swept(state, own, BATCH, lambda p: network({**p, "head": head}, BATCH))
 
 
+@pytest.mark.slow
 def test_a_product_of_another_step_is_ignored():
     mesh = make_mesh(FOUR)
     tx = dho2_jax.dho2(optax.adam(0.02), refresh="staggered", mesh=mesh, **SMALL)

@@ -176,6 +176,7 @@ def boxes(opt_state):
     ]
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_refreshes_from_its_boxed_state():
     model, traces = Network(), []
     optimizer = nnx.Optimizer(model, external(), wrt=nnx.Param)

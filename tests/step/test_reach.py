@@ -59,6 +59,7 @@ def rate_of(state):
 # --- the bound on the length ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [3.0, 1e6])
 def test_a_base_that_leaps_is_held_back(factor):
     tx = dho2_jax.dho2(jumping(1e-3, 30, factor), num_largest=2, refresh="external")

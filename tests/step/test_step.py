@@ -206,6 +206,7 @@ def test_curvature_set_rate_converges_at_the_condition_of_the_rest(
 # Coordinates that the loss does not use.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_rate", ["fixed", "curvature"])
 def test_unused_coordinates_never_move(base_rate):
     """Embedding rows of absent tokens and dead units, bit for bit, with Adam."""
@@ -511,6 +512,7 @@ def test_each_option_changes_the_result(mode, change):
     assert np.max(np.abs(changed - plain)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reverse_over_reverse", "central_difference"])
 def test_other_routes_to_the_hessian_agree(name):
     plain, _ = after({})

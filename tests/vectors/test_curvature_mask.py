@@ -95,6 +95,7 @@ def test_eigenpairs_are_those_of_the_block_that_takes_part():
     assert sum(x.size for x in stored) < 2 * n + 2 * 8 * 128
 
 
+@pytest.mark.slow
 def test_each_part_is_trained_as_if_the_other_were_given():
     """The rest by its base, what takes part as by a dho2 that knows nothing else."""
     params, batch = make_params(), make_batch()
