@@ -2,11 +2,13 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import pytest
 
 import dho2_jax
 
@@ -74,33 +76,18 @@ def loss(params):
     return jnp.mean((outputs - targets) ** 2)
 
 
-def signature(tree):
-    """Structure, shapes, dtypes and weak types: what a second compilation hangs on."""
-    return jax.tree.structure(tree), [
-        (jnp.shape(x), jnp.dtype(x.dtype), bool(getattr(x, "weak_type", False)))
-        for x in jax.tree.leaves(tree)
-    ]
-
-
 def assert_same_signature(tree, like):
-    """Like comparing signatures, but names the leaf that differs."""
-    structure, leaves = signature(tree)
-    expected, expected_leaves = signature(like)
-    assert structure == expected
-    paths = [
-        jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(like)
-    ]
-    differing = [
-        (path, a, b)
-        for path, a, b in zip(paths, leaves, expected_leaves, strict=True)
-        if a != b
-    ]
-    assert not differing
+    """What a second compilation hangs on: structure, shapes, dtypes and weak types."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(tree, like)
+    chex.assert_trees_all_equal_comparator(
+        lambda x, y: _is_weak(x) == _is_weak(y),
+        lambda x, y: f"weakly typed: {_is_weak(x)} and {_is_weak(y)}",
+        *(tree, like),
+    )
 
 
-def assert_same_numbers(tree, other):
-    """Bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, tree, other)
+def _is_weak(x):
+    return bool(getattr(x, "weak_type", False))
 
 
 def largest_change(tree, other):
@@ -176,6 +163,14 @@ WRAPPERS = {
     ),
 }
 """Name to a function that wraps an external DHO²; all take the whole parameters."""
+
+EACH_WRAPPER = [
+    name
+    if name in ("bare", "chain", "inject", "masked")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in WRAPPERS
+]
+"""Their names, for tests that compile each: the quick ones have four."""
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -291,10 +292,7 @@ def assert_same_run(run, expected):
 def assert_close(tree, other, share):
     """Agreement of all numbers to a share of the largest."""
     largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(other))
-    for name, x in tree.items():
-        np.testing.assert_allclose(
-            x, other[name], rtol=0, atol=share * largest, err_msg=name
-        )
+    chex.assert_trees_all_close(tree, other, rtol=0, atol=share * largest)
 
 
 def assert_unused_untouched(params):
