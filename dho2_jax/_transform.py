@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from dho2_jax._checks import check_number
+from dho2_jax._checks import check_choice, check_number
 from dho2_jax._numerics import schedules
 from dho2_jax._numerics.schedules import Schedule
+from dho2_jax._refresh.ways import WAYS
 from dho2_jax._state.config import make_config
 from dho2_jax._types import ScalarOrSchedule
 from dho2_jax._update import Settings, init_fn, update_fn
@@ -158,6 +159,7 @@ def dho2(
             "`base_optimizer` must be an optax.GradientTransformation, got "
             f"{type(base_optimizer).__name__}; pass for example optax.adam(1e-3)."
         )
+    check_choice("refresh", refresh, tuple(WAYS))
     config = make_config(
         num_largest=num_largest,
         num_smallest=num_smallest,

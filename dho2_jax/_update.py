@@ -9,9 +9,8 @@ import numpy as np
 import optax
 
 from dho2_jax._numerics.operators import check_params
-from dho2_jax._refresh.at_once import maybe_refresh
-from dho2_jax._refresh.products import check_source, products_at
-from dho2_jax._refresh.staggered import advance, make_product
+from dho2_jax._refresh.products import check_source
+from dho2_jax._refresh.ways import WAYS, Given
 from dho2_jax._state import bases
 from dho2_jax._state.config import Config
 from dho2_jax._state.states import DHO2State, init_curvature, layout_of_state
@@ -105,15 +104,8 @@ def update_fn(
     check_params(shown, "update", "updates")
     point = params if whole_params is None else whole_params
     check_source(config, point, value_fn, matvec_fn, product)
-    products = probe = None
-    if config.refresh == "staggered":
-        if product is None:
-            product = make_product(ours, point, value_fn, matvec_fn)
-        ours, probe = advance(ours, point, product)
-    elif value_fn is not None or matvec_fn is not None:
-        part, products = products_at(config, layout, point, value_fn, matvec_fn)
-        if config.refresh == "periodic":
-            ours = maybe_refresh(ours, part, products)
+    given = Given(point, value_fn, matvec_fn, product)
+    ours, products, probe = WAYS[config.refresh](ours, given)
 
     hyper = made_of.at(ours.count)
     parts = algebra.split(ours, scatter(layout, grads), made_of.linear_base)

@@ -14,7 +14,6 @@ from dho2_jax._numerics.rules import RULES, Rule
 from dho2_jax._numerics.schedules import Schedule
 from dho2_jax._vectors.sharding import frozen_specs
 
-REFRESH_MODES = ("periodic", "staggered", "external")
 MOMENTA = ("ema", "heavy_ball", "nesterov")
 NEGATIVE_CURVATURE = ("abs", "base")
 
@@ -117,7 +116,6 @@ def make_config(
             f"`num_matvecs` must be >= num_largest + num_smallest = {size}, got "
             f"{num_matvecs}; leave it None for {size + 4}."
         )
-    check_choice("refresh", refresh, REFRESH_MODES)
     schedule = schedules.one_schedule(
         schedule,
         refresh_period=refresh_period,

@@ -42,7 +42,7 @@ LAYERS = (
     {"_refresh.products"},
     {"_refresh.at_once"},
     {"_refresh.overlapped", "_refresh.staggered"},
-    {"_refresh.across_axis"},
+    {"_refresh.across_axis", "_refresh.ways"},
     {"_step.proposals"},
     {"_step.algebra", "_step.trials"},
     {"_update"},
