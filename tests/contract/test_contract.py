@@ -303,6 +303,7 @@ def test_a_chain_of_one_is_the_bare_transformation():
     assert program(chained) == program(bare)
 
 
+@pytest.mark.slow
 def test_multi_steps_is_the_mean_gradient():
     """Parameters rest between emissions, so both mini-gradients are the same."""
     bare, params, bare_state = wrapped("bare"), parameters(), None

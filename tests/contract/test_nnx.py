@@ -260,6 +260,7 @@ def test_refresh_of_a_part_of_the_parameters():
     np.testing.assert_array_equal(model.first.kernel[...], kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "view, accepted", [(as_trained, False), (without_dropout, True)]
 )

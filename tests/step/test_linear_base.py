@@ -41,6 +41,7 @@ def trained(base, linear, steps=30, **kwargs):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_rate", ["fixed", "curvature"])
 @pytest.mark.parametrize("name", list(BASES))
 def test_the_same_steps_while_the_subspace_stays(name, base_rate):
@@ -69,6 +70,7 @@ def test_a_gpu_reads_what_the_base_was_given_once():
     assert barriers(True) == barriers(False) + 1
 
 
+@pytest.mark.slow
 def test_it_is_not_for_other_bases():
     """The sign of a projection is not the projection of a sign."""
     (x, _), (y, _) = (

@@ -178,6 +178,7 @@ def test_a_loss_that_changes_its_scale_is_survived(base, factor):
     assert max(losses[30:]) < 0.25 * float(quadratic(jnp.ones(16)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     def scaled(x):
@@ -204,6 +205,7 @@ def run_periodic(tx, loss, x, steps):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [optax.sgd(0.1, momentum=0.9), optax.adam(1e-2)])
 def test_a_minimum_at_infinity_is_not_walked_to(base):
     """Where labels are told apart x goes on with log(steps), not with steps."""
@@ -318,6 +320,7 @@ def test_norms_do_not_overflow():
     assert float(proposals.norm(jnp.array([jnp.inf, 1.0]))) == np.inf
 
 
+@pytest.mark.slow
 def test_a_loss_in_two_parts_is_tried_too():
     def outputs(x):
         return jnp.sqrt(EIGENVALUES) * x

@@ -127,6 +127,7 @@ def test_pmap_trains_as_one_device():
     assert int(state.curvature.counters.refreshes[0]) == 2
 
 
+@pytest.mark.slow
 def test_init_and_a_scan_of_updates_inside_one_shard_map(expected):
     """What varies over the axis after `update` is what varied before it."""
     tx = transformation("d")

@@ -70,6 +70,7 @@ def run(step, params, state, batch, steps=10):
     return losses, params, state
 
 
+@pytest.mark.slow
 def test_eigenpairs_are_those_of_the_block_that_takes_part():
     params, batch = make_params(), make_batch()
     tx = dho2_jax.dho2(
@@ -127,6 +128,7 @@ def test_each_part_is_trained_as_if_the_other_were_given():
     assert int(dho2_jax.metrics(state)["refreshes"]) == 3
 
 
+@pytest.mark.slow
 def test_the_base_sees_all_parameters():
     """A base that freezes what takes no part, and one that clips by the global norm."""
     params, batch = make_params(), make_batch()
@@ -206,6 +208,7 @@ def test_fewer_parameters_take_part_than_pairs():
         tx.init({"a": jnp.ones(3), "b": jnp.ones(100)})
 
 
+@pytest.mark.slow
 def test_inside_other_masks_and_injected():
     """`optax.masked` outside, `curvature_mask` within; and in `inject_hyperparams`."""
     params, batch = make_params() | {"frozen": jnp.ones(2)}, make_batch()
