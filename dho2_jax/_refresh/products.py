@@ -40,6 +40,9 @@ def products_at(
     if matvec_fn is not None:
         build, along = _own_products(matvec_fn, params, part, layout)
     else:
+        # For any other operator a bare pair is a mistake; a `SplitLoss` serves.
+        if config.curvature == "ggn":
+            value_fn = losses.as_loss(value_fn)
         of_part = _of_part(value_fn, params, merge)
 
         def build() -> MatVec:
@@ -104,7 +107,6 @@ def _of_part(value_fn: Any, params: Params, merge: Callable) -> Any:
 
     Anything else is returned as it is: the curvature products say what is wrong.
     """
-    value_fn = losses.as_loss(value_fn)
     if not callable(value_fn):
         return value_fn
     first = getattr(value_fn, "outputs_fn", value_fn)
