@@ -15,7 +15,7 @@ import optax
 from workloads import Workload
 
 import dho2_jax
-from dho2_jax._numerics.schedules import is_due  # `should_refresh` for traced steps too
+from dho2_jax._numerics.schedules import is_due  # `should_refresh`, traced too
 
 try:  # Here and not where it is used: it makes an array, which a trace would keep.
     import psgdax
@@ -98,17 +98,18 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
 
 def due(step: Any) -> Any:
     """Returns whether to refresh before a step, traced or not."""
-    return is_due(step, PERIOD, EARLY)
+    return is_due(dho2_jax.Schedule(PERIOD, early_refreshes=EARLY), step)
 
 
 def seldom_due(step: Any) -> Any:
     """Returns the same beside a rate that is fixed."""
-    return is_due(step, *SELDOM)
+    period, early = SELDOM
+    return is_due(dho2_jax.Schedule(period, early_refreshes=early), step)
 
 
 def fosi_due(step: Any) -> Any:
     """Returns the same by FOSI's schedule: the first one after a whole period."""
-    return is_due(step + 1, PERIOD, ())
+    return is_due(dho2_jax.Schedule(PERIOD, PERIOD - 1, ()), step)
 
 
 def rank_on(workload: Workload, base: str) -> int:

@@ -24,7 +24,7 @@ import workloads
 from contenders import EARLY
 
 import dho2_jax
-from dho2_jax._numerics.schedules import is_due  # `should_refresh` for traced steps too
+from dho2_jax._numerics.schedules import is_due  # `should_refresh`, traced too
 
 KEPT = workloads.RESULTS / "long.json"
 
@@ -262,7 +262,7 @@ def runner(
                 extra = {"value_fn": value} if hybrid else {}
             if mode == "external":
                 state = jax.lax.cond(
-                    is_due(step, period, EARLY),
+                    is_due(dho2_jax.Schedule(period, early_refreshes=EARLY), step),
                     lambda state: dho2_jax.refresh(state, params, value),
                     lambda state: state,
                     state,
@@ -335,6 +335,7 @@ def overlapped(
     )
     start = jax.jit(problem.init, out_shardings=_all(_mesh(1)))
     begin, judge = jax.jit(tx.init), jax.jit(problem.final)
+    schedule = dho2_jax.Schedule(period, early_refreshes=EARLY)
 
     def run(seed: int, fault: int, when: int) -> float:
         params, pending, due = start(seed), None, None
@@ -343,7 +344,7 @@ def overlapped(
             args = seed, step, fault, when
             if step == due:
                 state, pending = overlap.land(state, pending), None
-            if pending is None and is_due(step, period, EARLY):
+            if pending is None and dho2_jax.should_refresh(step, schedule):
                 pending = overlap.launch(state, params, measured(params, *args))
                 due = step + 5
             params, state = advance(params, state, *args)

@@ -112,12 +112,12 @@ def update_fn(
     dtypes, merge, steps, base_state = bases.update(
         base, ours.config, updates, parts.given, state.base_state, params, extra_args
     )
-    value = trials.value_at(config, layout, point, value_fn)
+    value = trials.value_at(ours.config, layout, point, value_fn)
     vector, proposal, ours = algebra.join(
         ours, parts, steps, hyper, products, probe, tried=value is not None
     )
 
-    reach = ours.rate.reach if config.rule.measures else None
+    reach = ours.rate.reach if ours.config.rule.measures else None
     part = gather(vector, dtypes)
     part, trial = trials.attempt(reach, proposal, part, value)
     new_updates = layouts.map_outside(

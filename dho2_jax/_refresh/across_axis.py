@@ -85,7 +85,8 @@ def staggered_value_and_grad(
     Deviates from the paper, where a device computes either for good: the turn rotates,
     and products are data-parallel within a group.
     """
-    loss_fn = losses.as_loss(loss_fn)
+    if curvature == "ggn":
+        loss_fn = losses.as_loss(loss_fn)
     _check(loss_fn, mesh, stagger_axis, curvature)
     loss, halves = _two_forms(loss_fn, has_aux)
     number = mesh.shape[stagger_axis]

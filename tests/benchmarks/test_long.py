@@ -32,7 +32,7 @@ def test_past_zero_training_loss(long, base, rate):
     """It exploded there, to a validation loss of 629 and 82150; alone 0.08 to 0.12."""
     for found in run(long, long.digits(), base, rate, range(2), 2000):
         assert found.final < 0.3
-        assert found.best < 1e-6  # of a training batch
+        assert found.best < 1e-5  # of a training batch
 
 
 @pytest.mark.parametrize(

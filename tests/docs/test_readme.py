@@ -117,6 +117,7 @@ def test_every_argument_is_documented_and_every_metric_is_in_a_table():
 def test_arguments_that_the_pages_name_are_real():
     known = {"of", "where", "schedule", "wrt", "static_args"}  # the last two: of others
     functions = [v for v in vars(dho2_jax).values() if inspect.isfunction(v)]
+    functions.append(dho2_jax.dho2(optax.sgd(0.1)).update)
     for function in functions:
         known |= set(inspect.signature(function).parameters)
     for page in [README, *DOCS.rglob("*.md")]:
@@ -134,7 +135,9 @@ def test_defaults_that_the_pages_name_are_the_real_ones():
     for alias in (dho2_jax.dho2_adam, dho2_jax.dho2_heavy_ball, dho2_jax.dho2_muon):
         parameters = inspect.signature(alias).parameters
         for name, value in shown:
-            assert str(parameters[name].default) == value, name
+            default = parameters[name].default
+            default = getattr(dho2_jax.Schedule(), name) if default is None else default
+            assert str(default) == value, name
 
 
 def test_the_pages_name_every_file_of_the_core():
