@@ -266,6 +266,7 @@ def test_tree_map_params_inside_wrappers(name):
 
 
 @pytest.mark.parametrize("name", EACH_WRAPPER)
+@pytest.mark.slow
 def test_wrapped_training_compiles_once(name):
     loop, params, state = trained(name)
     params, state = loop.run(params, state, 2)

@@ -91,6 +91,7 @@ def test_whole_paths_tell_them_apart_where_keys_do_not():
 
 
 @pytest.mark.parametrize("refresh", ["periodic", "staggered"])
+@pytest.mark.slow
 def test_a_step_in_a_partition_is_that_of_each_part_alone(refresh):
     """`whole_params`: inside, `update` sees its own part alone."""
     options = {} if refresh == "periodic" else {"refresh_period": 12}

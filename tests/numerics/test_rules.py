@@ -76,6 +76,7 @@ def test_a_rule_that_measures(two_rules, refresh):
 
 @pytest.mark.parametrize("refresh", ["staggered", "periodic"])
 @pytest.mark.parametrize("base_rate", ["half", "greedy"])
+@pytest.mark.slow
 def test_both_train_however_the_subspace_is_renewed(two_rules, base_rate, refresh):
     tx = make(base_rate, refresh, refresh_period=20)
 

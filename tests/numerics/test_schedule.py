@@ -339,6 +339,7 @@ def refreshed_at(tx, steps):
 
 
 @pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.slow
 def test_every_way_to_ask_gives_the_same_steps(name):
     steps = 130
     expected = [99] if name == "fosi" else [0, 20, 50, 100]
@@ -360,6 +361,7 @@ def test_every_way_to_ask_gives_the_same_steps(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALIASES if name != "fosi"])
+@pytest.mark.slow
 def test_sweeps_are_asked_of_the_state_alike(name):
     """With k = 24 a sweep takes 35 steps: the early one at 20 meets that of step 0."""
     tx = ALIASES[name](refresh="staggered")

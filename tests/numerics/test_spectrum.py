@@ -97,6 +97,7 @@ def outermost(matrix):
     )
 
 
+@pytest.mark.slow
 def test_network_pairs_against_dense(network):
     hessian, found, state = network
     values, rows, well = outermost(hessian)

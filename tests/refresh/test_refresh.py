@@ -27,6 +27,7 @@ def loss(x):
         ({"refresh_period": 10, "early_refreshes": (10, 12)}, [0, 10, 12]),
     ],
 )
+@pytest.mark.slow
 def test_host_and_update_agree(schedule, expected):
     steps = 20
     on_host = [i for i in range(steps) if dho2_jax.should_refresh(i, **schedule)]

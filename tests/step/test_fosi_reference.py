@@ -123,6 +123,7 @@ BASES = {
 
 @pytest.mark.parametrize("name", list(BASES))
 @pytest.mark.parametrize("small", [0, L])
+@pytest.mark.slow
 def test_every_step_is_fosis(name, small):
     x0, grad, hessian, loss, params = problem(indefinite=small > 0)
     clip = 1.0 if name == "adam" else CLIP
