@@ -459,24 +459,20 @@ def run_faults(args: Any, keep: Callable[[str, Any], None]) -> None:
     def finals(base: str, mode: str | None) -> np.ndarray:
         make = _hybrid(base, mode, 50, 4) if mode else BASES[base][0]
         guarded = lambda rate: optax.apply_if_finite(make(rate), 20)  # noqa: E731
-        if mode == "overlapped":
-            plain, safe = (
-                overlapped(problem, of(rates[base]), length, 50)
-                for of in (make, guarded)
-            )
-        else:
-            plain, safe = (
-                runner(problem, of, length, mode, 50, faults=True)
-                for of in (make, guarded)
-            )
+
+        def one(of: Callable[[Any], Any]) -> Callable[[int, int, int], float]:
+            rate = rates[base]
+            if mode == "overlapped":
+                return overlapped(problem, of(rate), length, 50)
+            run = runner(problem, of, length, mode, 50, faults=True)
+            return lambda seed, fault, when: run(seed, rate, fault, when).final
+
+        plain, safe = one(make), one(guarded)
         found = np.zeros((len(FAULTS), count))
         for i in range(len(FAULTS)):
             run = safe if i in _NOT_FINITE else plain
             for j, when in enumerate(whens):
-                if mode == "overlapped":
-                    found[i, j] = run(j, i, int(when))
-                else:
-                    found[i, j] = run(j, rates[base], i, int(when)).final
+                found[i, j] = run(j, i, int(when))
         return np.where(np.isfinite(found), found, np.inf)
 
     for base in rates:

@@ -136,14 +136,13 @@ def dho2(
         a step (on a CPU three times) instead of four times. Static.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`. Inside `optax.masked` and
-      `optax.partition` `update` also takes `whole_params`, all parameters, where
-      `value_fn` is a function of all of them. `update` takes `value_fn` (`params ->
+      An `optax.GradientTransformationExtraArgs`. `update` takes `value_fn` (`params ->
       ()`), or `matvec_fn` (`params -> matvec`), as a keyword: required for a periodic
       or a staggered refresh, used with an external one to probe the curvature-set rate
       and to try bold steps. It need not be the training loss: a quarter of the batch
       serves. A staggered one takes `product` instead, from `staggered_value_and_grad`
-      on the state before.
+      on the state before. Inside `optax.masked` and `optax.partition` `update` also takes
+      `whole_params`, all parameters, where `value_fn` is a function of all of them.
 
     Raises:
       ValueError: In one sentence, for an argument out of its range (here), parameters

@@ -109,8 +109,9 @@ def _of_part(value_fn: Any, params: Params, merge: Callable) -> Any:
     """
     if not callable(value_fn):
         return value_fn
-    first = getattr(value_fn, "outputs_fn", value_fn)
-    operators.check_takes_params(first, params)
+    is_split = isinstance(value_fn, losses.SplitLoss)
+    takes_params = value_fn.outputs_fn if is_split else value_fn
+    operators.check_takes_params(takes_params, params)
     return losses.of_part(value_fn, merge)
 
 

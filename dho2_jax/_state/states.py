@@ -239,6 +239,11 @@ def located(state: PyTree, where: str | None = None) -> dict[str, DHO2State]:
 
 def find(state: PyTree, where: str | None = None) -> CurvatureState:
     """Returns the one curvature state in any nest of Optax states, unboxed."""
+    return unboxed(find_boxed(state, where))
+
+
+def find_boxed(state: PyTree, where: str | None = None) -> CurvatureState:
+    """Returns the same with its leaves as they are; enough to read its config."""
     found = located(state, where)
     if len(found) != 1:
         raise ValueError(
@@ -246,7 +251,7 @@ def find(state: PyTree, where: str | None = None) -> CurvatureState:
             f"where=, one of {list(found)}."
         )
     (one,) = found.values()
-    return unboxed(one.curvature)
+    return one.curvature
 
 
 def replace(

@@ -7,7 +7,7 @@ from dho2_jax._checks import check_integer, shown
 from dho2_jax._numerics import schedules
 from dho2_jax._numerics.schedules import Schedule
 from dho2_jax._state.config import Config
-from dho2_jax._state.states import find
+from dho2_jax._state.states import find_boxed
 
 
 def should_refresh(
@@ -130,4 +130,5 @@ def _schedule(
             f"{shown(type(of).__name__)} around one or without; pass the state that "
             "its init returned."
         )
-    return find(of, where).config.schedule
+    # In every step of a loop: no leaf need be looked at.
+    return find_boxed(of, where).config.schedule
