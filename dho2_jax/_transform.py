@@ -141,8 +141,8 @@ def dho2(
       or a staggered refresh, used with an external one to probe the curvature-set rate
       and to try bold steps. It need not be the training loss: a quarter of the batch
       serves. A staggered one takes `product` instead, from `staggered_value_and_grad`
-      on the state before. Inside `optax.masked` and `optax.partition` `update` also takes
-      `whole_params`, all parameters, where `value_fn` is a function of all of them.
+      on the state before. Inside `optax.masked` and `optax.partition`, where `value_fn`
+      is a function of all parameters, `update` also takes these, as `whole_params`.
 
     Raises:
       ValueError: In one sentence, for an argument out of its range (here), parameters
